@@ -1,0 +1,1 @@
+"""The shells: the Serve application, the gateway, the controller, the front door, client and CLI."""

@@ -1,0 +1,246 @@
+"""The client of a mesh: `Client` for threads, `AsyncClient` for coroutines, the same methods in both.
+
+Rule of the file: what to ask and how to read it is `client_calls`; here is only the sending, with a deadline on
+everything. A `Client` may be shared by threads, an `AsyncClient` by the tasks of one event loop.
+"""
+
+from __future__ import annotations
+
+import collections
+import http.client
+import itertools
+import queue
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from raymesh.mesh import client_calls as calls
+from raymesh.mesh.client_async import AsyncClient
+from raymesh.mesh.client_base import CHANNEL_OPTIONS, ClientBase, Models, Progress, as_mapping
+from raymesh.mesh.client_calls import (
+    Call,
+    CopyInfo,
+    HttpCall,
+    MeshError,
+    ModelSpec,
+    ModelStatus,
+    Prediction,
+    RegisterSummary,
+    RpcCall,
+)
+from raymesh.runtimes.errors import Code
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "CopyInfo",
+    "MeshError",
+    "ModelSpec",
+    "ModelStatus",
+    "Prediction",
+    "RegisterSummary",
+]
+
+T = TypeVar("T")
+
+#: Idle HTTP connections a client keeps.
+_IDLE_CONNECTIONS_MAX = 64
+
+
+class Client(ClientBase):
+    """A mesh, for threads; safe to share between them. Use it as a context manager, or `close()` it.
+
+    `protocol` decides how `predict`, `metadata` and `ready` travel. `timeout_s` bounds every call, retries included;
+    `retries` is how often a call the mesh answered UNAVAILABLE is sent again. Every method raises `MeshError`.
+    """
+
+    def __init__(
+        self, target: str = "127.0.0.1:8033", *, protocol: str = "grpc", timeout_s: float = 60.0, retries: int = 1
+    ) -> None:
+        super().__init__(target, protocol=protocol, timeout_s=timeout_s, retries=retries)
+        # Connects when first used.
+        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._idle: collections.deque[http.client.HTTPConnection] = collections.deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the connections; calls in progress fail."""
+        self._channel.close()
+        while self._idle:
+            self._idle.pop().close()
+
+    def register(
+        self,
+        name: str,
+        uri: str,
+        type: str,
+        *,
+        key: str = "",
+        load: bool = False,
+        sync: bool = True,
+        timeout_s: float | None = None,
+    ) -> ModelStatus:
+        """Register a model; with `load` have it loaded now and, if `sync`, wait for it.
+
+        The same registration again is fine; another one under the same name is ALREADY_EXISTS.
+        """
+        return self._send(calls.register(ModelSpec(name, uri, type, key), load=load, sync=sync), timeout_s)
+
+    def register_many(
+        self, specs: Iterable[ModelSpec], *, concurrency: int = 64, progress: Progress | None = None
+    ) -> RegisterSummary:
+        """Register many models, `concurrency` at a time. `progress(n)` hears how many are done so far.
+
+        What cannot be registered is in the summary; only a wrong argument raises.
+        """
+        failed: dict[int, tuple[str, str]] = {}
+        todo: Iterator[tuple[int, ModelSpec]] = enumerate(specs)
+        count = registered = 0
+        for attempt in itertools.count():
+            again: list[tuple[int, ModelSpec]] = []
+            pauses_s = [0.0]
+            for index, spec, error in self._register_all(todo, concurrency):
+                if error is not None:
+                    # Its time went with the call, so there is no deadline to keep here.
+                    try:
+                        pauses_s.append(self._pause_s(error, attempt, float("inf"), self.retries))
+                        again.append((index, spec))
+                        continue
+                    except MeshError:
+                        failed[index] = (spec.name, error.message)
+                registered += error is None
+                count += 1
+                if progress is not None:
+                    progress(count)
+            if not again:
+                return RegisterSummary(registered, [failed[index] for index in sorted(failed)])
+            todo = iter(again)
+            time.sleep(max(pauses_s))
+        raise AssertionError("unreachable")
+
+    def unregister(self, name: str) -> None:
+        """Forget a model: it is unloaded and its name is free. A model that does not exist is no error."""
+        self._send(calls.unregister(name))
+
+    def status(self, name: str) -> ModelStatus:
+        """How a model is doing; NOT_FOUND is a status, not an error."""
+        return self._send(calls.status(name))
+
+    def ensure_loaded(self, name: str, sync: bool = True, *, timeout_s: float | None = None) -> ModelStatus:
+        """Have a model loaded, and wait for it if `sync`."""
+        return self._send(calls.ensure_loaded(name, sync=sync), timeout_s)
+
+    def predict(
+        self, name: str, inputs: Mapping[str, Any] | Any, *, outputs: Sequence[str] = (), timeout_s: float | None = None
+    ) -> Prediction:
+        """Ask a model. `inputs` are arrays by name, or one array for the model's single input.
+
+        The arrays' dtypes and shapes are what is sent: str, bytes and object arrays as BYTES, everything else as it
+        is. `outputs` names the outputs wanted (empty: all).
+        """
+        return self._send(calls.predict(self.protocol, name, inputs, outputs), timeout_s)
+
+    def metadata(self, name: str) -> dict[str, Any]:
+        """What a model takes and gives: ``{"name", "platform", "inputs": [{name, datatype, shape}], "outputs"}``."""
+        return self._send(calls.metadata(self.protocol, name))
+
+    def list(self) -> Models:
+        """Every model: ``{"name", "type", "state", "size_bytes", "instances"}`` each, by name."""
+        models, after = self._send(calls.list_page(""))
+        while after:
+            page, after = self._send(calls.list_page(after))
+            models += page
+        return models
+
+    def ready(self) -> bool:
+        """Whether a mesh answers here and takes requests."""
+        try:
+            return self._send(calls.ready(self.protocol), retries=0)
+        except MeshError as error:
+            if error.code in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED):
+                return False
+            raise
+
+    def _send(self, call: Call[T], timeout_s: float | None = None, *, retries: int | None = None) -> T:
+        deadline = self._deadline(timeout_s)
+        for attempt in itertools.count():
+            left_s = max(0.001, deadline - time.monotonic())
+            try:
+                return self._send_rpc(call, left_s) if isinstance(call, RpcCall) else self._send_http(call, left_s)
+            except MeshError as error:
+                time.sleep(self._pause_s(error, attempt, deadline, self.retries if retries is None else retries))
+        raise AssertionError("unreachable")
+
+    def _send_rpc(self, call: RpcCall[T], timeout_s: float) -> T:
+        try:
+            answer, done = self._rpc(self._channel, call).with_call(call.request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._rpc_error(error) from None
+        return call.read(answer, as_mapping(done.initial_metadata()))
+
+    def _register_all(
+        self, specs: Iterator[tuple[int, ModelSpec]], concurrency: int
+    ) -> Iterator[tuple[int, ModelSpec, MeshError | None]]:
+        """Send registrations, `concurrency` in flight, and yield how each ended."""
+        if concurrency < 1:
+            raise ValueError(f"concurrency {concurrency}: must be at least 1")
+        done: queue.SimpleQueue[tuple[int, ModelSpec, Any]] = queue.SimpleQueue()
+        in_flight = 0
+        while True:
+            for index, spec in itertools.islice(specs, concurrency - in_flight):
+                call = calls.register(spec)
+                future = self._rpc(self._channel, call).future(call.request, timeout=self.timeout_s)
+                in_flight += 1
+                future.add_done_callback(lambda ended, index=index, spec=spec: done.put((index, spec, ended)))
+            if in_flight == 0:
+                return
+            index, spec, ended = done.get()
+            in_flight -= 1
+            is_ok = ended.code() is grpc.StatusCode.OK
+            yield index, spec, None if is_ok else self._rpc_error(ended)
+
+    def _send_http(self, call: HttpCall[T], timeout_s: float) -> T:
+        deadline = time.monotonic() + timeout_s
+        try:
+            kept = self._idle.pop()
+        except IndexError:
+            kept = None
+        try:
+            if kept is not None:
+                try:
+                    return self._exchange(kept, call, timeout_s)
+                except (ConnectionError, http.client.HTTPException):
+                    # A kept connection that the mesh closed meanwhile shows only when it is used: once more at once.
+                    timeout_s = max(0.001, deadline - time.monotonic())
+            return self._exchange(http.client.HTTPConnection(self._host, self._port), call, timeout_s)
+        except TimeoutError:
+            raise MeshError(Code.DEADLINE_EXCEEDED, f"no answer from {self.target} in time") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from None
+
+    def _exchange(self, connection: http.client.HTTPConnection, call: HttpCall[T], timeout_s: float) -> T:
+        connection.timeout = timeout_s
+        if connection.sock is not None:
+            connection.sock.settimeout(timeout_s)
+        try:
+            connection.request(call.method, call.path, call.body or None, dict(call.headers))
+            answer = connection.getresponse()
+            body = answer.read()
+        except BaseException:
+            connection.close()
+            raise
+        if answer.will_close or len(self._idle) >= _IDLE_CONNECTIONS_MAX:
+            connection.close()
+        else:
+            self._idle.append(connection)
+        headers = {name.lower(): value for name, value in answer.getheaders()}
+        if answer.status != 200:
+            raise calls.http_error(answer.status, headers, body)
+        return call.read(body, headers)

@@ -1,0 +1,94 @@
+-- The front door's route table: which server slots hold a model. One table for all threads (`lua-load`), a cache that
+-- the gateway fills over the admin socket and may lose at any time: a miss goes to the gateway.
+
+local SLOTS_BACKEND = "runtimes"
+
+-- By "tenant/id": a server name, or for several copies {names, turn = n}.
+local routes = {}
+local count = 0
+-- Names of servers that health checks or errors took down. Kept by events: asking per request would cost more.
+local down = {}
+
+-- Copies take turns; the next in turn stands back when the one after it has fewer requests in flight, so a slow copy
+-- gets less. A copy known to be down is passed over. If all are down, any will do: HAProxy then takes the gateway.
+local function choose(copies)
+  local names, servers = copies.names, core.backends[SLOTS_BACKEND].servers
+  local n = #names
+  local turn = copies.turn % n + 1
+  copies.turn = turn
+  local first
+  for step = 0, n - 1 do
+    local name = names[(turn + step - 1) % n + 1]
+    if not down[name] then
+      if not first then
+        first = name
+      else
+        return servers[name]:get_cur_sess() < servers[first]:get_cur_sess() and name or first
+      end
+    end
+  end
+  return first or names[turn]
+end
+
+core.register_converters("route", function(key)
+  local found = routes[key]
+  if type(found) == "table" then return choose(found) end
+  return found
+end)
+
+-- The model name of a ModelInferRequest: protobuf field 1, a string, which every serializer writes first. Gets the
+-- message's first bytes up to the first NUL; nil (a miss) for anything odd.
+core.register_converters("grpc_model", function(message)
+  if message:byte(1) ~= 0x0A then return nil end
+  local size, from = message:byte(2), 3
+  if not size then return nil end
+  if size >= 128 then -- a two-byte varint; ids are at most 128 bytes long
+    local high = message:byte(3)
+    if not high or high >= 128 then return nil end
+    size, from = size - 128 + high * 128, 4
+  end
+  if size == 0 or #message < from + size - 1 then return nil end
+  return message:sub(from, from + size - 1)
+end)
+
+core.event_sub({"SERVER_UP", "SERVER_DOWN"}, function(event, server)
+  if server.proxy_name == SLOTS_BACKEND then
+    down[server.name] = event == "SERVER_DOWN" or nil
+  end
+end)
+
+local function cli(verb, usage, action)
+  core.register_cli({"route", verb}, usage, function(applet, _, _, ...)
+    local answer = action(...)
+    if answer then applet:send(answer .. "\n") end
+  end)
+end
+
+cli("set", "route set <tenant/id> <server>[,<server>...]: route a model", function(key, list)
+  if not key or not list then return "route set: give a key and its servers" end
+  local names = {}
+  for name in list:gmatch("[^,]+") do
+    if not core.backends[SLOTS_BACKEND].servers[name] then return "route set: no server " .. name end
+    names[#names + 1] = name
+  end
+  if #names == 0 then return "route set: no servers" end
+  if not routes[key] then count = count + 1 end
+  routes[key] = #names == 1 and names[1] or {names = names, turn = math.random(0, #names - 1)}
+end)
+
+cli("del", "route del <tenant/id>: forget a model", function(key)
+  if not key then return "route del: give a key" end
+  if routes[key] then count = count - 1 end
+  routes[key] = nil
+end)
+
+cli("get", "route get <tenant/id>: the servers of a model", function(key)
+  local found = key and routes[key]
+  return type(found) == "table" and table.concat(found.names, ",") or found or ""
+end)
+
+cli("count", "route count: how many models are routed", function() return tostring(count) end)
+
+cli("clear", "route clear: forget all models", function()
+  routes, count = {}, 0
+end)

@@ -1,0 +1,1 @@
+"""What holds models in memory and answers with them."""

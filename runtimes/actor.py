@@ -1,0 +1,66 @@
+"""A runtime as a Ray Serve replica: one process per core or device, many models in it.
+
+Serve starts it, watches its health and replaces it; no request and no load goes through Serve (ARCHITECTURE section 1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+# Before any framework is imported: one compute thread a call, the runtime has one process per core.
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+import ray
+
+from raymesh.registry.etcd import EtcdStore
+from raymesh.runtimes.copy_cache import CopyCache
+from raymesh.runtimes.loop_thread import LoopThread
+from raymesh.runtimes.runtime import Runtime, RuntimeOptions
+
+log = logging.getLogger(__name__)
+
+#: Longest a new runtime waits for the registry before Serve is told that it did not start.
+START_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 5.0
+HEALTH_TIMEOUT_S = 5.0
+
+
+class RuntimeReplica:
+    """The Serve deployment class of a pool.
+
+    `options` without an instance id (each replica makes its own), `registry` is the store's URL, `make_cache` gives
+    the cache with this runtime's share of the pool's memory.
+    """
+
+    def __init__(self, options: RuntimeOptions, registry: str, make_cache: Callable[[], CopyCache]) -> None:
+        node = ray.get_runtime_context().get_node_id()
+        options = dataclasses.replace(options, instance=f"{options.pool}-{uuid.uuid4().hex[:12]}", node=node)
+        self._thread = LoopThread(options.instance)
+        self._runtime = self._thread.run(self._start(options, registry, make_cache), START_TIMEOUT_S)
+
+    @staticmethod
+    async def _start(options: RuntimeOptions, registry: str, make_cache: Callable[[], CopyCache]) -> Runtime:
+        runtime = Runtime(options, EtcdStore.from_url(registry), make_cache())
+        await runtime.start(START_TIMEOUT_S)
+        return runtime
+
+    def check_health(self) -> None:
+        """Called by Serve; raises when the runtime does not answer, and Serve replaces the process."""
+        self._thread.check(HEALTH_TIMEOUT_S)
+
+    def status(self) -> dict[str, Any]:
+        """The runtime in numbers."""
+        return self._runtime.status()
+
+    def __del__(self) -> None:
+        # Serve's word for "stop now, gracefully".
+        with contextlib.suppress(Exception):
+            self._thread.run(self._runtime.close(), CLOSE_TIMEOUT_S)
+            self._thread.stop()

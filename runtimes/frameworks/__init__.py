@@ -1,0 +1,1 @@
+"""Framework adapters: how each kind of model file becomes something that predicts."""

@@ -1,0 +1,307 @@
+"""The Open Inference Protocol on the wire: infer requests in, answers out, REST and gRPC.
+
+Rule of the file: pure codecs. A request becomes an `InferRequest` of numpy arrays, whichever protocol it came in; an
+answer is encoded for the protocol it came in. Field by field: the protocol's v2 documents, the binary tensor data
+extension, and Triton's practice where clients rely on it (`raw_output_contents` always; JSON errors always).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from raymesh.registry.protos import Messages
+from raymesh.runtimes import grpc_http1, tensors
+from raymesh.runtimes.errors import InvalidInput, RequestError
+from raymesh.runtimes.tensors import Array
+
+MESSAGES = Messages("raymesh.runtimes", "oip")
+_ModelInferRequest = MESSAGES.ModelInferRequest
+_ModelInferResponse = MESSAGES.ModelInferResponse
+
+#: Inputs or outputs one request may name.
+TENSORS_MAX = 1024
+_CONTENT_FIELDS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+
+
+@dataclass(slots=True)
+class InferRequest:
+    """A decoded infer request. `outputs` names those wanted, empty for all; `binary` says which go out as bytes."""
+
+    model_name: str
+    id: str
+    inputs: dict[str, Array]
+    outputs: tuple[str, ...]
+    is_grpc: bool
+    #: REST only: the outputs wanted as binary data, or True/False for all of them.
+    binary: Mapping[str, bool] | bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows along axis 0 of the first input (1 for a scalar)."""
+        for array in self.inputs.values():
+            return array.shape[0] if array.ndim else 1
+        return 0
+
+
+# -- gRPC ------------------------------------------------------------------------------------------------------------
+
+
+def decode_grpc(message: bytes) -> InferRequest:
+    """The request in a serialized ``ModelInferRequest``. Raises `InvalidInput` naming the input."""
+    try:
+        request = _ModelInferRequest.FromString(message)
+    except Exception:
+        raise InvalidInput("the message is not a ModelInferRequest") from None
+    inputs = request.inputs
+    raws = request.raw_input_contents
+    if len(inputs) > TENSORS_MAX:
+        raise InvalidInput(f"more than {TENSORS_MAX} inputs")
+    if raws and len(raws) != len(inputs):
+        raise InvalidInput(f"raw_input_contents has {len(raws)} entries for {len(inputs)} inputs")
+    arrays: dict[str, Array] = {}
+    for index, tensor in enumerate(inputs):
+        name = tensor.name
+        if name in arrays:
+            raise InvalidInput(f"input '{name}' is given twice")
+        if raws:
+            if tensor.HasField("contents"):
+                raise InvalidInput(f"input '{name}': contents and raw_input_contents are both set; use one")
+            arrays[name] = tensors.from_raw(name, tensor.datatype, tensor.shape, raws[index])
+        else:
+            arrays[name] = _from_contents(name, tensor)
+    wanted = request.outputs
+    outputs = tuple(o.name for o in wanted) if wanted else ()
+    if len(set(outputs)) != len(outputs):
+        raise InvalidInput("an output is asked for twice")
+    return InferRequest(request.model_name, request.id, arrays, outputs, is_grpc=True)
+
+
+def _from_contents(name: str, tensor: Any) -> Array:
+    datatype = tensor.datatype
+    shape = tensors.check_shape(name, list(tensor.shape))
+    field = _CONTENT_FIELDS.get(datatype)
+    if field is None:
+        raise InvalidInput(
+            f"input '{name}': {datatype} has no typed contents; send it in raw_input_contents"
+            if datatype in {"FP16", "BF16"}
+            else f"input '{name}': unknown datatype {datatype!r}; use one of {tensors.KNOWN}"
+        )
+    values = getattr(tensor.contents, field)
+    count = int(np.prod(shape, dtype=object)) if shape else 1
+    if len(values) != count:
+        raise InvalidInput(f"input '{name}': shape {list(shape)} needs {count} elements in {field}, got {len(values)}")
+    if datatype == "BYTES":
+        array: Array = np.empty(count, dtype=object)
+        array[:] = list(values)
+        return array.reshape(shape)
+    dtype = tensors.DTYPES[datatype]
+    wide = np.array(values, dtype=np.int64 if field == "int_contents" else None)
+    if count and field in {"int_contents", "uint_contents"}:
+        info = np.iinfo(dtype)
+        if int(wide.min()) < info.min or int(wide.max()) > info.max:
+            raise InvalidInput(f"input '{name}': data does not fit {datatype} ({info.min} to {info.max})")
+    return wide.astype(dtype).reshape(shape)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+class GrpcEncoder:
+    """Encodes one model's answers as ``ModelInferResponse``.
+
+    What does not change between answers of one shape (names, datatypes, shapes) is serialized once and kept; only the
+    id and the raw tensors are added per answer. Protobuf allows the parts in any order.
+    """
+
+    #: Distinct output shapes whose fixed part is kept; more than that starts over.
+    SHAPES_MAX = 64
+
+    def __init__(self, model_name: str, model_version: str) -> None:
+        self._model_name = model_name
+        self._model_version = model_version
+        self._fixed: dict[tuple[Any, ...], bytes] = {}
+
+    def encode(self, outputs: Mapping[str, Array], request_id: str, headers: bytes = b"") -> bytes:
+        """A whole HTTP/1.1 answer with these outputs, in their order."""
+        key = tuple([(name, a.dtype, a.shape) for name, a in outputs.items()])
+        message = self._fixed.get(key)
+        if message is None:
+            message = self._encode_fixed(outputs)
+            if len(self._fixed) >= self.SHAPES_MAX:
+                self._fixed.clear()
+            self._fixed[key] = message
+        if request_id:
+            identifier = request_id.encode()
+            message += b"\x1a" + _varint(len(identifier)) + identifier  # field 3: id
+        for array in outputs.values():
+            raw = tensors.to_raw(array)
+            message += b"\x32" + _varint(len(raw)) + raw  # field 6: raw_output_contents
+        return grpc_http1.answer(message, headers)
+
+    def _encode_fixed(self, outputs: Mapping[str, Array]) -> bytes:
+        response = _ModelInferResponse(model_name=self._model_name, model_version=self._model_version)
+        for name, array in outputs.items():
+            response.outputs.add(name=name, datatype=tensors.datatype_of(array), shape=array.shape)
+        return bytes(response.SerializeToString())
+
+
+# -- REST ------------------------------------------------------------------------------------------------------------
+
+
+def decode_rest(model_name: str, body: bytes, header_length: bytes | None) -> InferRequest:
+    """The request in a REST body. `header_length` is ``Inference-Header-Content-Length``, None when absent.
+
+    Raises `InvalidInput` naming the input or field.
+    """
+    head, binary = _split_body(body, header_length)
+    try:
+        value = orjson.loads(head)
+    except orjson.JSONDecodeError as error:
+        raise InvalidInput(f"the request is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidInput("the request must be a JSON object with 'inputs'")
+    entries = value.get("inputs")
+    if not isinstance(entries, list) or len(entries) > TENSORS_MAX:
+        raise InvalidInput(f"'inputs' must be an array of at most {TENSORS_MAX} tensors")
+    arrays: dict[str, Array] = {}
+    at = 0
+    for entry in entries:
+        name, array, at = _read_input(entry, binary, at)
+        if name in arrays:
+            raise InvalidInput(f"input '{name}' is given twice")
+        arrays[name] = array
+    if at != len(binary):
+        raise InvalidInput(f"{len(binary) - at} bytes of binary data belong to no input")
+    identifier = value.get("id", "")
+    if not isinstance(identifier, str):
+        raise InvalidInput("'id' must be a string")
+    outputs, wants_binary = _read_outputs(value)
+    return InferRequest(model_name, identifier, arrays, outputs, is_grpc=False, binary=wants_binary)
+
+
+def _split_body(body: bytes, header_length: bytes | None) -> tuple[bytes, memoryview]:
+    if header_length is None:
+        return body, memoryview(b"")
+    if not header_length.isdigit() or int(header_length) > len(body):
+        raise InvalidInput("Inference-Header-Content-Length must be the number of JSON bytes at the body's start")
+    length = int(header_length)
+    return body[:length], memoryview(body)[length:]
+
+
+def _read_input(entry: Any, binary: memoryview, at: int) -> tuple[str, Array, int]:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise InvalidInput("every input must be an object with a 'name'")
+    name, shape, datatype = entry["name"], entry.get("shape"), entry.get("datatype")
+    if not isinstance(shape, list):
+        raise InvalidInput(f"input '{name}': 'shape' must be an array of integers")
+    if not isinstance(datatype, str):
+        raise InvalidInput(f"input '{name}': 'datatype' must be one of {tensors.KNOWN}")
+    parameters = entry.get("parameters") or {}
+    size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
+    if size is None:
+        if "data" not in entry:
+            raise InvalidInput(f"input '{name}': 'data' or 'parameters.binary_data_size' is required")
+        return name, tensors.from_json(name, datatype, shape, entry["data"]), at
+    if "data" in entry:
+        raise InvalidInput(f"input '{name}': 'data' and 'binary_data_size' are both given; use one")
+    if type(size) is not int or size < 0 or at + size > len(binary):
+        raise InvalidInput(f"input '{name}': binary_data_size {size!r} does not fit the {len(binary) - at} bytes left")
+    shape = tensors.check_shape(name, shape)
+    return name, tensors.from_raw(name, datatype, shape, binary[at : at + size]), at + size
+
+
+def _read_outputs(value: dict[str, Any]) -> tuple[tuple[str, ...], Mapping[str, bool] | bool]:
+    parameters = value.get("parameters")
+    everything = bool(parameters.get("binary_data_output", False)) if isinstance(parameters, dict) else False
+    entries = value.get("outputs")
+    if not entries:
+        return (), everything
+    if not isinstance(entries, list) or len(entries) > TENSORS_MAX:
+        raise InvalidInput(f"'outputs' must be an array of at most {TENSORS_MAX} names")
+    binary: dict[str, bool] = {}
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise InvalidInput("every output must be an object with a 'name'")
+        own = entry.get("parameters")
+        name = entry["name"]
+        if name in binary:
+            raise InvalidInput(f"output '{name}' is asked for twice")
+        binary[name] = bool(own.get("binary_data", everything)) if isinstance(own, dict) else everything
+    return tuple(binary), binary
+
+
+_JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n%bcontent-length: %d\r\n\r\n"
+_BINARY_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ninference-header-content-length: %d\r\n%b"
+    b"content-length: %d\r\n\r\n"
+)
+
+
+def encode_rest(
+    model_name: str, model_version: str, request: InferRequest, outputs: Mapping[str, Array], headers: bytes = b""
+) -> bytes:
+    """A whole HTTP/1.1 answer: JSON, followed by the binary tensors that were asked for."""
+    entries: list[dict[str, Any]] = []
+    raws: list[bytes] = []
+    binary = request.binary
+    for name, array in outputs.items():
+        entry: dict[str, Any] = {
+            "name": name,
+            "datatype": tensors.datatype_of(array),
+            "shape": list(array.shape),
+        }
+        if binary if isinstance(binary, bool) else binary.get(name, False):
+            raw = tensors.to_raw(array)
+            entry["parameters"] = {"binary_data_size": len(raw)}
+            raws.append(raw)
+        else:
+            entry["data"] = tensors.to_json(name, array)
+        entries.append(entry)
+    value: dict[str, Any] = {"model_name": model_name, "model_version": model_version, "outputs": entries}
+    if request.id:
+        value["id"] = request.id
+    head = orjson.dumps(value)
+    if not raws:
+        return _JSON_HEAD % (headers, len(head)) + head
+    size = len(head) + sum(map(len, raws))
+    return b"".join((_BINARY_HEAD % (len(head), headers, size), head, *raws))
+
+
+def error_answer(error: RequestError, *, is_grpc: bool) -> bytes:
+    """A whole HTTP/1.1 answer that carries `error`, in the protocol the request came in."""
+    if is_grpc:
+        return grpc_http1.error_answer(error)
+    body = orjson.dumps({"error": error.message})
+    extra = b"x-raymesh-reason: %b\r\n" % error.reason.encode() if error.reason else b""
+    if error.retry_after_s:
+        extra += b"retry-after: %d\r\n" % max(1, round(error.retry_after_s))
+    return b"HTTP/1.1 %d Error\r\ncontent-type: application/json\r\n%bcontent-length: %d\r\n\r\n%b" % (
+        error.http_status,
+        extra,
+        len(body),
+        body,
+    )

@@ -1,0 +1,196 @@
+"""What a runtime's port answers: inference on the data path, and the mesh's control calls.
+
+Rule of the file: the warm path is a table look-up, a decode and a queue; everything else may be slow. Callers are the
+front door, the gateways and the controller, all of whom show the mesh's internal token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+
+from raymesh.runtimes import grpc_http1, oip
+from raymesh.runtimes.batching import Batcher
+from raymesh.runtimes.errors import Code, InvalidInput, Reason, RequestError, Unavailable
+from raymesh.runtimes.http1 import Request
+from raymesh.runtimes.loading import Loader, LoadSpec
+from raymesh.runtimes.upstream import UpstreamLost, Upstreams, headers_to_pass_on, hops_of
+
+log = logging.getLogger(__name__)
+
+_TOKEN = b"x-raymesh-token"
+_MODEL = b"x-raymesh-model"
+
+
+class DataServer:
+    """Handles the requests of one runtime.
+
+    `gateway` gives the address a request for a model that is not here is passed on to ("" when none is known);
+    `status` gives the body of ``GET /control/status``.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        batcher: Batcher,
+        upstreams: Upstreams,
+        *,
+        token: str,
+        message_bytes_max: int,
+        gateway: Callable[[], str],
+        status: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._loader = loader
+        self._copies = loader.copies
+        self._session = loader.session
+        self._batcher = batcher
+        self._upstreams = upstreams
+        self._token = token.encode()
+        self._message_bytes_max = message_bytes_max
+        self._gateway = gateway
+        self._status = status
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.requests_passed_on = 0
+
+    # -- the warm path -----------------------------------------------------------------------------------------------
+
+    def handle(self, request: Request) -> None:
+        """Answer one request, now or later."""
+        headers = request.headers
+        token = headers.get(_TOKEN, b"")
+        # The plain comparison is only a fast yes: a no is confirmed in constant time.
+        if token != self._token and not hmac.compare_digest(token, self._token):
+            raise RequestError(Code.UNAUTHENTICATED, "only the mesh itself may call a runtime", reason=Reason.DENIED)
+        name = headers.get(_MODEL)
+        if name is None:
+            self._handle_control(request)
+            return
+        copy = self._copies.get(name)
+        if copy is None or self._session.is_fenced:
+            self._spawn(self._pass_on(request))
+            return
+        is_grpc = request.target == grpc_http1.INFER_TARGET
+        try:
+            if is_grpc:
+                message = grpc_http1.unframe(
+                    request.body,
+                    encoding=headers.get(b"grpc-encoding", b"identity"),
+                    bytes_max=self._message_bytes_max,
+                )
+                infer = oip.decode_grpc(message)
+            else:
+                infer = oip.decode_rest(copy.id, request.body, headers.get(b"inference-header-content-length"))
+            self._batcher.submit(copy, request, infer)
+        except RequestError as error:
+            request.respond_raw(oip.error_answer(error, is_grpc=is_grpc))
+
+    # -- stale routes ------------------------------------------------------------------------------------------------
+
+    async def _pass_on(self, request: Request) -> None:
+        """The caller's route was stale: let a gateway find the model, unless one of them sent the request."""
+        is_grpc = request.target == grpc_http1.INFER_TARGET
+        reason = Reason.FENCED if self._session.is_fenced else Reason.NOT_LOADED
+        error: RequestError = Unavailable("the model is not loaded here", reason=reason, retry_after_s=0.1)
+        gateway = self._gateway()
+        hops = hops_of(request.headers)
+        if hops == 0 and gateway:
+            self.requests_passed_on += 1
+            try:
+                answer = await self._upstreams.send(
+                    gateway,
+                    request.method,
+                    request.target,
+                    headers=headers_to_pass_on(request.headers, hops=hops + 1),
+                    body=request.body,
+                )
+                request.respond_raw(answer.whole())
+                return
+            except UpstreamLost:
+                error = Unavailable("no gateway can be reached", reason=Reason.NO_INSTANCE)
+        request.respond_raw(oip.error_answer(error, is_grpc=is_grpc))
+
+    # -- control -----------------------------------------------------------------------------------------------------
+
+    def _handle_control(self, request: Request) -> None:
+        path = request.path
+        if path == "/control/status":
+            request.respond_json(self._status())
+        elif path == "/control/load":
+            self._spawn(self._answer(request, self._load(_read_body(request))))
+        elif path == "/control/unload":
+            self._spawn(self._answer(request, self._unload(_read_body(request))))
+        elif path.startswith("/control/metadata/"):
+            request.respond_json(self._metadata(path.removeprefix("/control/metadata/")))
+        else:
+            raise RequestError(Code.NOT_FOUND, f"no such control call: {path}", reason=Reason.UNSUPPORTED)
+
+    async def _load(self, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            spec = LoadSpec(
+                tenant=body["tenant"],
+                id=body["id"],
+                type=body["type"],
+                path=body["path"],
+                key=body.get("key", ""),
+                generation=int(body["generation"]),
+                size_hint=int(body.get("size_hint", 0)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput(f"load: field {error} is missing or malformed") from None
+        outcome = await self._loader.load(spec)
+        return {
+            "instance": self._loader.instance,
+            "epoch": self._session.epoch,
+            "generation": spec.generation,
+            "size_bytes": outcome.size_bytes,
+            "load_ms": outcome.load_ms,
+            "evicted": list(outcome.evicted),
+        }
+
+    async def _unload(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {"unloaded": await self._loader.unload(f"{body.get('tenant')}/{body.get('id')}")}
+
+    def _metadata(self, name: str) -> dict[str, Any]:
+        copy = self._copies.get(name.encode())
+        if copy is None:
+            raise RequestError(Code.NOT_FOUND, "the model is not loaded here", reason=Reason.NOT_LOADED)
+        model = copy.model
+
+        def describe(specs: Any) -> list[dict[str, Any]]:
+            return [{"name": s.name, "datatype": s.datatype, "shape": list(s.shape)} for s in specs]
+
+        return {
+            "name": copy.id,
+            "platform": model.platform,
+            "inputs": describe(model.inputs),
+            "outputs": describe(model.outputs),
+        }
+
+    async def _answer(self, request: Request, work: Awaitable[dict[str, Any]]) -> None:
+        try:
+            request.respond_json(await work)
+        except RequestError as error:
+            request.respond_error(error)
+        except Exception:
+            log.exception("control call %s failed", request.path)
+            request.respond_error(RequestError(Code.INTERNAL, "internal error"))
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _read_body(request: Request) -> dict[str, Any]:
+    try:
+        value = orjson.loads(request.body)
+    except orjson.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidInput("the body must be a JSON object")
+    return value

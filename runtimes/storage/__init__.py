@@ -1,0 +1,1 @@
+"""Where model files come from, and the node's disk cache of them."""
