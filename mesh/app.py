@@ -72,7 +72,7 @@ class ControllerReplica(_Replica):
 class GatewayReplica(_Replica):
     """The gateway's deployment class, and the application's ingress: the handles only tie the application together."""
 
-    def __init__(self, settings: Settings, controller: DeploymentHandle, runtimes: DeploymentHandle) -> None:
+    def __init__(self, settings: Settings, controller: DeploymentHandle[Any], runtimes: DeploymentHandle[Any]) -> None:
         from raymesh.mesh.gateway import Gateway
 
         self._settings = settings
@@ -114,12 +114,14 @@ def build(settings: Settings) -> Application:
         "graceful_shutdown_timeout_s": CLOSE_TIMEOUT_S + 1.0,
         "graceful_shutdown_wait_loop_s": 0.1,
     }
-    pool = serve.deployment(
-        RuntimeReplica, name="cpu", num_replicas=runtimes, ray_actor_options={"num_cpus": 1}, **common
+    pool: Any = serve.deployment(name="cpu", num_replicas=runtimes, ray_actor_options={"num_cpus": 1}, **common)
+    single: Any = serve.deployment(ray_actor_options={"num_cpus": 0}, **common)
+    controller = single(ControllerReplica).options(name="controller")
+    gateway = single(GatewayReplica).options(name="gateway")
+    application: Application = gateway.bind(
+        settings, controller.bind(settings), pool(RuntimeReplica).bind(options, settings.registry, make_cache)
     )
-    controller = serve.deployment(ControllerReplica, name="controller", ray_actor_options={"num_cpus": 0}, **common)
-    gateway = serve.deployment(GatewayReplica, name="gateway", ray_actor_options={"num_cpus": 0}, **common)
-    return gateway.bind(settings, controller.bind(settings), pool.bind(options, settings.registry, make_cache))
+    return application
 
 
 def __getattr__(name: str) -> Any:

@@ -11,14 +11,14 @@ import heapq
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from raymesh.mesh.fresh_copies import FreshCopies, Placed
 from raymesh.mesh.model_status import ModelStatus, is_ready, status_of
 from raymesh.registry.keys import is_valid_id
 from raymesh.registry.records import InstanceRecord, ModelRecord, RecordError
 from raymesh.registry.store import Compare, Delete, Get, KeyValue, Put, RegistryError, RegistryReadOnly, Store
-from raymesh.registry.view import Change, Entry, MeshView, ModelDeleted, ModelEntry
+from raymesh.registry.view import Change, Entry, MeshView, ModelDeleted, ModelEntry, ModelPut
 from raymesh.runtimes.errors import Code, Reason, RequestError, Unavailable
 from raymesh.runtimes.upstream import Upstreams
 
@@ -42,13 +42,17 @@ class Catalog:
         self._reads: dict[str, asyncio.Task[ModelEntry | None]] = {}
         #: Who waits for the view to lose a model, by its name.
         self._deletions: dict[str, asyncio.Event] = {}
+        #: Records read that are newer than the view's, until the view moves on.
+        self._newer: dict[str, ModelEntry] = {}
         self._turn = 0
 
     def see(self, changes: Iterable[Change]) -> None:
         """Follow the view."""
         self.fresh.see(changes)
-        if self._deletions:
+        if self._deletions or self._newer:
             for change in changes:
+                if isinstance(change, ModelPut | ModelDeleted):
+                    self._newer.pop(change.name, None)
                 if isinstance(change, ModelDeleted) and change.name in self._deletions:
                     self._deletions[change.name].set()
 
@@ -60,13 +64,23 @@ class Catalog:
         Raises UNAVAILABLE when the view lacks it and the registry cannot be asked.
         """
         entry = self.view.models.get(name)
+        newer = self._newer.get(name)
         if entry is not None:
-            return entry
+            if newer is None or newer.create_revision != entry.create_revision:
+                return entry
+            return newer if newer.mod_revision > entry.mod_revision else entry
         read = self._reads.get(name)
         if read is None:
             read = self._reads[name] = asyncio.create_task(self._read(name))
             read.add_done_callback(lambda _: self._reads.pop(name, None))
         return await asyncio.shield(read)
+
+    async def refresh(self, name: str) -> None:
+        """Read the model anew: its record has just been written and the view may not show that yet."""
+        with suppress(RequestError):
+            entry = await self._read(name)
+            if entry is not None:
+                self._newer[name] = entry
 
     def holders(self, entry: ModelEntry) -> list[Placed]:
         """Where the model can be used now, so far as known; draining instances left out."""

@@ -383,7 +383,7 @@ def _print_status(name: str, status: ModelStatus, is_json: bool) -> None:
         return
     print(f"{name}: {status.status}")
     for copy in status.copies:
-        print(f"  {copy.status} on {copy.instance}")
+        print(f"  {copy.status} on {copy.instance or 'no instance'}")
     for error in status.errors:
         print(f"  error: {error}")
 

@@ -73,7 +73,17 @@ class Controller:
         return self._leadership is not None and self._leadership.is_leader
 
     async def start(self) -> None:
-        """Listen, join the registry and stand for election. Raises `RegistryUnavailable` when the registry is away."""
+        """Listen, join the registry and stand for election.
+
+        Raises `RegistryUnavailable` when the registry is away; what was started is closed again then.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _start(self) -> None:
         await self._server.start(self._host)
         await self._session.start()
         self._leadership = Leadership(self.id, self.address, self._session, self.view)

@@ -35,7 +35,7 @@ _COMPLAINTS = "haproxy.err"
 #: Admin commands written before their answers are read. HAProxy handles ~100,000 a second.
 _BATCH_MAX = 256
 #: Below `stats timeout`, so that the admin connection is never closed for idleness; also how a hang is noticed.
-_PING_INTERVAL_S = 10.0
+_PING_INTERVAL_S = 5.0
 _START_TIMEOUT_S = 4.0
 _EXIT_TIMEOUT_S = 3.0
 _RETRY_DELAY_MAX_S = 2.0
@@ -263,7 +263,7 @@ class FrontDoor:
 
     def _prepare(self) -> None:
         """Make the directory ours: the newest owner writes, older ones notice and go silent."""
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         _write_private(self._directory / _OWNER, self._owner)
 
     def _is_owner(self) -> bool:

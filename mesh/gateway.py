@@ -64,7 +64,7 @@ class Gateway:
         self._door = door or FrontDoor(FrontDoorConfig.from_settings(settings, fds_max=fds_max()), settings.state_dir)
         self._routes = RoutesFollower(self.view, self._door)
         self._catalog = Catalog(store, self.view, self._upstreams)
-        self._placing = Placing(self.id, self.view, self._upstreams, self.metrics)
+        self._placing = Placing(self.id, self.view, self._upstreams, self.metrics, on_failed=self._catalog.refresh)
         catalog, placing = self._catalog, self._placing
         self._cold = ColdPath(settings, catalog, placing, self._upstreams, self.metrics, self._note_placed)
         metadata = ModelMetadata(catalog, placing, self._upstreams, self._note_placed)

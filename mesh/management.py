@@ -52,6 +52,7 @@ class Management:
         self._on_placed = on_placed
         self._on_deleted = on_deleted
         self._messages = Messages("raymesh.mesh", "mmesh")
+        self._unregistering: set[asyncio.Task[bool]] = set()
         self._created = metrics.registrations.labels("created")
         self._present = metrics.registrations.labels("present")
         self._refused = metrics.registrations.labels("refused")
@@ -85,7 +86,9 @@ class Management:
         """Unregister a model; when this returns nobody gets an answer from it any more. Absent is OK."""
         name = _name_in(request.modelId)
         # To its end even if the client leaves: half of it would leave copies behind.
-        work = asyncio.ensure_future(self._catalog.unregister(name, lambda: self._on_deleted(name)))
+        work = asyncio.create_task(self._catalog.unregister(name, lambda: self._on_deleted(name)))
+        self._unregistering.add(work)
+        work.add_done_callback(self._unregistering.discard)
         await asyncio.shield(work)
         self._metrics.unregistrations.inc()
         return self._messages.UnregisterModelResponse()

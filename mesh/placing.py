@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -51,7 +51,10 @@ class _Question:
 
 
 class Placing:
-    """Asks for placements. `source` names this gateway in cause ids; `see` must get every change of the view."""
+    """Asks for placements. `source` names this gateway in cause ids; `see` must get every change of the view.
+
+    `on_failed` is awaited, with the model's name, before anybody is told that it does not load.
+    """
 
     def __init__(
         self,
@@ -60,12 +63,14 @@ class Placing:
         upstreams: Upstreams,
         metrics: GatewayMetrics,
         *,
+        on_failed: Callable[[str], Awaitable[None]],
         no_instance_patience_s: float = NO_INSTANCE_PATIENCE_S,
     ) -> None:
         self._source = source
         self._view = view
         self._upstreams = upstreams
         self._metrics = metrics
+        self._on_failed = on_failed
         self._no_instance_patience_s = no_instance_patience_s
         self._questions: dict[_Key, _Question] = {}
         self._numbers = itertools.count(1)
@@ -155,6 +160,8 @@ class Placing:
                         error = _too_late()
                 if not self._is_worth_waiting(error, question, patience_until_s):
                     self._metrics.placements.labels(error.reason or error.code.name).inc()
+                    if error.reason == Reason.LOAD_FAILED:
+                        await self._on_failed(key.name)
                     return PlacingOutcome(error=error)
                 try:
                     async with asyncio.timeout_at(min(loop.time() + backoff_s, question.until_s)):

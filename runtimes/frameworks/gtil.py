@@ -99,6 +99,9 @@ def _declare() -> ctypes.CDLL:
 
 
 _lib = _declare()
+#: What treelite would print or raise as a Python warning in the middle of a load comes back as an error anyway.
+_silence = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(lambda _: None)
+_silenced = threading.local()
 _predict_rows = _lib.TreeliteGTILPredict
 
 
@@ -168,7 +171,11 @@ def load(data: bytes, *, is_json: bool, threads: int = 1) -> GtilModel:
     """
     read = _lib.TreeliteLoadXGBoostModelFromJSONString if is_json else _lib.TreeliteLoadXGBoostModelFromUBJSONString
     handle = ctypes.c_void_p()
-    _check(read(data, len(data), b'{"allow_unknown_field": true}', ctypes.byref(handle)))
+    if not getattr(_silenced, "is_done", False):  # treelite keeps its callbacks per thread
+        _lib.TreeliteRegisterLogCallback(_silence)
+        _lib.TreeliteRegisterWarningCallback(_silence)
+        _silenced.is_done = True
+    _check(read(data, len(data), b'{"allow_unknown_field": false}', ctypes.byref(handle)))
     full = int(handle.value or 0)
     try:
         packed, block = _pack(full)

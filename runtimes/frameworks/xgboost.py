@@ -81,15 +81,25 @@ class _BoosterModel:
 
     def __init__(self, booster: xgboost.Booster) -> None:
         self._booster: Any = booster
+        self._predict = _predict
         features = booster.num_features()
+        row = np.zeros((1, features), dtype=np.float32)
+        try:
+            sample = _predict(booster, row)
+        except xgboost.core.XGBoostError:
+            self._predict = _predict_copied
+            sample = _predict_copied(booster, row)
         self.inputs: tuple[TensorSpec, ...] = (_input_spec(features),)
-        self.outputs: tuple[TensorSpec, ...] = (
-            _output_spec(_predict(booster, np.zeros((1, features), dtype=np.float32)).shape[1:]),
-        )
+        self.outputs: tuple[TensorSpec, ...] = (_output_spec(sample.shape[1:]),)
 
     def predict(self, inputs: Tensors, outputs: Sequence[str]) -> dict[str, Array]:
         """FP32 answers, ``[n]`` or ``[n, k]``, for one numeric tensor ``[n, features]``; NaN is missing."""
-        return {"output-0": _predict(self._booster, check_input(self.inputs[0], inputs))}
+        rows = check_input(self.inputs[0], inputs)
+        if self._booster is None:
+            raise RuntimeError("the model is closed")
+        if not len(rows):
+            return {"output-0": np.empty((0, *self.outputs[0].shape[1:]), dtype=np.float32)}
+        return {"output-0": self._predict(self._booster, rows)}
 
     def close(self) -> None:
         """Free the memory now."""
@@ -173,6 +183,12 @@ def _read_booster(data: bytes, threads: int) -> xgboost.Booster:
 
 def _predict(booster: xgboost.Booster, rows: Array) -> Array:
     answer: Array = booster.inplace_predict(rows, validate_features=False)
+    return answer
+
+
+def _predict_copied(booster: xgboost.Booster, rows: Array) -> Array:
+    """For linear models, which have no in-place prediction."""
+    answer: Array = booster.predict(xgboost.DMatrix(rows, nthread=1), validate_features=False)
     return answer
 
 

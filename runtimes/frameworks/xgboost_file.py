@@ -86,10 +86,10 @@ def _check_booster(booster: dict[str, Any], parameters: dict[str, Any]) -> None:
         bounds = np.asarray(model["iteration_indptr"], dtype=np.int64)
         _demand(bounds[0] == 0 and bounds[-1] == len(trees) and bool((np.diff(bounds) >= 0).all()))
     for tree in trees:
-        _check_tree(tree, features)
+        _check_tree(tree, features, targets)
 
 
-def _check_tree(tree: dict[str, Any], features: int) -> None:
+def _check_tree(tree: dict[str, Any], features: int, targets: int) -> None:
     count = int(tree["tree_param"]["num_nodes"])
     left = np.asarray(tree["left_children"], dtype=np.int64)
     right = np.asarray(tree["right_children"], dtype=np.int64)
@@ -101,7 +101,7 @@ def _check_tree(tree: dict[str, Any], features: int) -> None:
     # Every node but the root is the child of exactly one: then the inner nodes form a tree, without a cycle.
     children = np.concatenate([left[inner], right[inner]])
     _demand(bool(((children > 0) & (children < count)).all()) and len(np.unique(children)) == len(children))
-    _demand(bool((right[left == -1] == -1).all()))
+    _check_leaves(tree, right[left == -1], targets)
     _demand(bool((parents[children] == np.concatenate([inner, inner])).all()))
     _demand(bool(((split[inner] >= 0) & (split[inner] < features)).all()))
     _demand(bool(np.isin(kinds, (0, 1)).all()))
@@ -119,6 +119,16 @@ def _check_tree(tree: dict[str, Any], features: int) -> None:
 def _demand(is_met: bool) -> None:
     if not is_met:
         raise ValueError
+
+
+def _check_leaves(tree: dict[str, Any], right: Any, targets: int) -> None:
+    """A leaf has no right child; in a tree with vector leaves that field is the leaf's row in a table of weights."""
+    size = int(tree["tree_param"].get("size_leaf_vector", 1))
+    if size <= 1:
+        _demand(bool((right == -1).all()))
+        return
+    _demand(size == targets and len(tree["leaf_weights"]) == size * len(right))
+    _demand(bool(((right >= 0) & (right < len(right))).all()))
 
 
 class _Ubjson:

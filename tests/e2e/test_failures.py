@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Callable
 
-import psutil
 import pytest
 
 from catalogue import TrainedModel
@@ -16,16 +15,6 @@ from raymesh.runtimes.errors import Code
 
 #: Of the requests sent while something is being killed, this share must get a right answer at the first try.
 SERVED_SHARE_MIN = 0.99
-
-
-def pid_that_listens_on(mesh: Mesh, address: str) -> int:
-    """The process of this mesh with that listening address."""
-    port = int(address.rsplit(":", 1)[1])
-    for process in psutil.Process(mesh.record.pid).children(recursive=True):
-        for connection in process.connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
-                return int(process.pid)
-    raise LookupError(f"nobody in this mesh listens on {address}")
 
 
 def test_a_killed_runtime_is_covered_and_replaced(
@@ -42,7 +31,7 @@ def test_a_killed_runtime_is_covered_and_replaced(
     before = set(mesh.instances())
     with traffic(models) as running:
         running.wait_for(200)
-        os.kill(pid_that_listens_on(mesh, victim), signal.SIGKILL)
+        os.kill(mesh.ask_runtime(victim, "/control/status")["pid"], signal.SIGKILL)
         running.wait_for(500)
         eventually(lambda: len(set(mesh.instances()) - before) >= 1, 90, "a runtime in the place of the killed one")
         eventually(

@@ -142,7 +142,7 @@ def test_a_load_failure_is_tried_elsewhere(shell_mesh):
     asyncio.run(body())
 
 
-def test_a_broken_model_gives_its_reason_and_fails_fast_afterwards(shell_mesh, poll):
+def test_a_broken_model_gives_its_reason_and_fails_fast_afterwards(shell_mesh):
     async def body():
         async with shell_mesh(runtimes=4) as mesh:
             await mesh.register("m")
@@ -156,7 +156,6 @@ def test_a_broken_model_gives_its_reason_and_fails_fast_afterwards(shell_mesh, p
             rpc = await mesh.infer_grpc("m")
             assert (rpc.header(b"grpc-status"), rpc.header(b"grpc-message")) == (b"9", b"not a booster")
             assert len(mesh.loads) == 3
-            await poll(lambda: mesh.gateway.view.models["default/m"].record.failures)
             status = await mesh.status("m")
             assert status.status == 4
             assert set(status.errors) == {"not a booster"}
@@ -340,5 +339,33 @@ def test_other_paths_and_methods_on_the_data_listener(shell_mesh):
                 mesh.gateway.data_address, b"POST", grpc_http1.INFER_TARGET, headers=headers, body=b"junk"
             )
             assert answer.header(b"grpc-status") == b"3"
+
+    asyncio.run(body())
+
+
+def test_an_instance_that_comes_in_time_is_waited_for(shell_mesh):
+    async def body():
+        async with shell_mesh(runtimes=1) as mesh:
+            await mesh.register("m")
+            late = mesh.runtimes.pop()
+            await late.close()
+            waiting = asyncio.create_task(mesh.infer_rest("m"))
+            new = type(late)(mesh.store, "r9")
+            mesh.runtimes.append(new)
+            await new.start()
+            assert (await waiting).status == 200
+
+    asyncio.run(body())
+
+
+def test_no_instance_at_all_is_said_after_a_while(shell_mesh):
+    async def body():
+        async with shell_mesh(runtimes=0) as mesh:
+            mesh.gateway._placing._no_instance_patience_s = 0.1
+            await mesh.register("m")
+            answer = await mesh.infer_rest("m")
+            assert answer.status == 503
+            assert answer.header(b"x-raymesh-reason") == Reason.NO_INSTANCE.encode()
+            assert answer.header(b"retry-after") == b"1"
 
     asyncio.run(body())

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
+import grpc
 import pytest
 
+from raymesh.mesh.front_door import FrontDoor
+from raymesh.mesh.front_door_config import FrontDoorConfig
 from raymesh.registry.records import GatewayRecord
 from raymesh.registry.store import RegistryUnavailable
 
@@ -98,5 +102,45 @@ def test_it_does_not_start_without_a_registry(shell_mesh, monkeypatch):
         with pytest.raises(RegistryUnavailable):
             await mesh.gateway.start()
         assert not mesh.door.is_open
+
+    asyncio.run(body())
+
+
+def test_through_the_real_front_door(shell_mesh, poll, tmp_path):
+    """One port for everything: management and inference over gRPC, both kinds of REST, cold and then warm."""
+
+    async def body():
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        mesh = shell_mesh(runtimes=2, port=port, state_dir=tmp_path)
+        door = FrontDoor(FrontDoorConfig.from_settings(mesh.settings, fds_max=1000), tmp_path)
+        mesh.gateway = type(mesh.gateway)(mesh.settings, mesh.store, door=door)
+        try:
+            async with mesh:
+                await door.flushed()
+                async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as mesh.channel:
+                    assert (await mesh.register("m")).status == 1
+                    assert (await mesh.oip("ServerReady")).ready
+                    answer = await mesh.oip("ModelInfer", model_name="m")
+                    holder = answer.id
+                    await door.flushed()
+                    assert door.routes == 1
+                    assert (await mesh.oip("ModelInfer", model_name="m")).id == holder
+                    assert mesh.loads == ["default/m"]
+                    target = f"127.0.0.1:{port}"
+                    rest = await mesh.upstreams.send(target, b"POST", b"/v2/models/m/infer", body=b"{}")
+                    assert (rest.status, rest.header(b"x-raymesh-cold")) == (200, None)
+                    # The warm ones did not come through the gateway.
+                    runtime = next(r for r in mesh.runtimes if r.id == holder)
+                    assert [b"x-raymesh-hops" in headers for _, headers in runtime.requests] == [True, False, False]
+                    rest = await mesh.upstreams.send(target, b"GET", b"/v2/models")
+                    assert (rest.status, b'"LOADED"' in rest.rest) == (200, True)
+                    code, message = await mesh.code_of(mesh.oip("ModelInfer", model_name="nobody"))
+                    assert code is grpc.StatusCode.NOT_FOUND
+                    assert "unknown model" in message
+                    await mesh.unregister("m")
+                    assert (await mesh.code_of(mesh.oip("ModelInfer", model_name="m")))[0] is grpc.StatusCode.NOT_FOUND
+        finally:
+            await door.stop()
 
     asyncio.run(body())

@@ -124,7 +124,7 @@ def test_a_frozen_child_is_stopped_too(tmp_path, monkeypatch):
 
 
 def test_two_on_one_directory_is_an_error_that_says_so(tmp_path):
-    with EmbeddedEtcd(tmp_path, is_durable=False), pytest.raises(EmbeddedEtcdError, match="etcd.log"):
+    with EmbeddedEtcd(tmp_path, is_durable=False), pytest.raises(EmbeddedEtcdError, match=r"etcd\.log"):
         EmbeddedEtcd(tmp_path, is_durable=False, deadline_s=1.0).start()
 
 

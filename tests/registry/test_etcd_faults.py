@@ -65,6 +65,12 @@ def kill(server: EmbeddedEtcd) -> None:
 @contextlib.contextmanager
 def frozen(server: EmbeddedEtcd) -> Iterator[None]:
     os.kill(server.pid, signal.SIGSTOP)
+    # The signal is on its way only: on a busy machine some threads would still answer.
+    threads = [thread / "stat" for thread in Path(f"/proc/{server.pid}/task").iterdir()]
+    deadline = time.monotonic() + 5
+    while any(stat.read_text().rpartition(")")[2].split()[0] != "T" for stat in threads):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
     try:
         yield
     finally:

@@ -41,7 +41,7 @@ def booster(rows: Any) -> Any:
             if objective.startswith("multi:"):
                 target = np.digitize(target, [-0.5, 1.0])
                 params.setdefault("num_class", 3)
-            elif objective.startswith("binary:"):
+            elif objective.startswith("binary:") or objective == "reg:logistic":
                 target = target > 0.5
             elif objective.startswith("rank:"):
                 target, group = np.digitize(target, [-0.5, 1.0]), [50] * 4
