@@ -1,7 +1,7 @@
 """The models as one gateway knows them: the view, what it may lack, and the writes that clients ask for.
 
-Rule of the file: one registry transaction for each registration, and after a write was acknowledged no later answer of
-this gateway contradicts it.
+Rule of the file: at most one registry transaction for each registration (many at once share one), and after a write was
+acknowledged no later answer of this gateway contradicts it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from contextlib import contextmanager, suppress
 
 from raymesh.mesh.fresh_copies import FreshCopies, Placed
 from raymesh.mesh.model_status import ModelStatus, is_ready, status_of
+from raymesh.mesh.registrar import Registrar
 from raymesh.registry.keys import is_valid_id
 from raymesh.registry.records import InstanceRecord, ModelRecord, RecordError
-from raymesh.registry.store import Compare, Delete, Get, KeyValue, Put, RegistryError, RegistryReadOnly, Store
+from raymesh.registry.store import Compare, Delete, KeyValue, RegistryError, RegistryReadOnly, Store
 from raymesh.registry.view import Change, Entry, MeshView, ModelDeleted, ModelEntry, ModelPut
 from raymesh.runtimes.errors import Code, Reason, RequestError, Unavailable
 from raymesh.runtimes.upstream import Upstreams
@@ -36,6 +37,7 @@ class Catalog:
     def __init__(self, store: Store, view: MeshView, upstreams: Upstreams) -> None:
         self._store = store
         self._upstreams = upstreams
+        self._registrar = Registrar(store)
         self.view = view
         self.fresh = FreshCopies()
         #: Registry reads under way, by model name: a flood of requests for an unknown model reads it once.
@@ -52,9 +54,14 @@ class Catalog:
         if self._deletions or self._newer:
             for change in changes:
                 if isinstance(change, ModelPut | ModelDeleted):
-                    self._newer.pop(change.name, None)
+                    self._forget_older(change)
                 if isinstance(change, ModelDeleted) and change.name in self._deletions:
                     self._deletions[change.name].set()
+
+    def _forget_older(self, change: ModelPut | ModelDeleted) -> None:
+        newer = self._newer.get(change.name)
+        if newer is not None and (isinstance(change, ModelDeleted) or change.new.mod_revision >= newer.mod_revision):
+            del self._newer[change.name]
 
     # -- reads -----------------------------------------------------------------------------------------------------
 
@@ -147,10 +154,10 @@ class Catalog:
         """
         key = self.view.keys.model(record.tenant, record.id)
         with _registry_errors():
-            result = await self._store.txn([Compare.absent(key)], [Put(key, record.encode())], [Get(key)])
-        if result.succeeded:
-            return Entry(record, result.revision, result.revision), True
-        present = _decode(result.gets[0])
+            created = await self._registrar.create(key, record.encode())
+        if created.present is None:
+            return Entry(record, created.revision, created.revision), True
+        present = _decode(created.present)
         if present is None:
             raise RequestError(Code.INTERNAL, f"the record of model '{record.id}' cannot be read")
         if not present.record.serves_same_as(record):

@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 LOAD_ANSWER_MARGIN_S = 5.0
 #: A size nobody measured is guessed from the last ones of the same type; weight of the newest in the running mean.
 SIZE_LEARNING_RATE = 0.1
+#: "Not loaded here" from an instance that reported its load less than this long ago is asked about before it is believed:
+#: requests that follow the watch can be at a runtime just before its copy can be used.
+RECENT_LOAD_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,8 @@ class Placements:
         #: Placements under way, by model name and generation. Never two loads of one model by our own doing.
         self._flights: dict[tuple[str, int], _Flight] = {}
         self._writing: set[asyncio.Task[bool]] = set()
+        #: When instances last reported a load, by (model name, instance) in loop time, the oldest first.
+        self._loaded_s: dict[tuple[str, str], float] = {}
         #: Running mean of measured sizes in bytes, by model type.
         self._size_by_type: dict[str, float] = {}
 
@@ -153,6 +158,13 @@ class Placements:
             name, Random(request.cause_id), self._ledger, excluded=request.excluded, failure_expiry_ms=expiry_ms
         )
         try:
+            for instance in sorted(request.stale - request.excluded):
+                if self._was_just_loaded(name, instance):
+                    size_bytes = entry.record.size_bytes
+                    if isinstance(await self._load(flight, instance, size_bytes), Loaded):
+                        return self._use(entry.create_revision, instance)
+                    if flight.vanished:
+                        return _Answer()
             step = attempts.start(self._model_view(entry, request.stale), self._cluster_view())
             while True:
                 match step:
@@ -213,7 +225,9 @@ class Placements:
             return Refused(reason, error.message)
         measured_bytes = int(answer.get("size_bytes", 0))
         placed = Placed(instance, address, flight.entry.create_revision)
-        self._fresh.add(record.name, placed, self._view, asyncio.get_running_loop().time())
+        now_s = asyncio.get_running_loop().time()
+        self._fresh.add(record.name, placed, self._view, now_s)
+        self._note_load(record.name, instance, now_s)
         self._learn(record, measured_bytes)
         entry = self._latest(flight.entry)
         if with_load(entry.record, measured_bytes) != entry.record:
@@ -223,6 +237,16 @@ class Placements:
             self._writing.add(task)
             task.add_done_callback(self._writing.discard)
         return Loaded(measured_bytes)
+
+    def _note_load(self, name: str, instance: str, now_s: float) -> None:
+        self._loaded_s.pop((name, instance), None)
+        while self._loaded_s and (oldest := next(iter(self._loaded_s.items())))[1] < now_s - RECENT_LOAD_S:
+            del self._loaded_s[oldest[0]]
+        self._loaded_s[name, instance] = now_s
+
+    def _was_just_loaded(self, name: str, instance: str) -> bool:
+        loaded_s = self._loaded_s.get((name, instance))
+        return loaded_s is not None and asyncio.get_running_loop().time() - loaded_s < RECENT_LOAD_S
 
     def _use(self, generation: int, instance: str) -> _Answer:
         present = self._view.instances.get(instance)

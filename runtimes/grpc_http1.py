@@ -8,7 +8,6 @@ trailers-only answer: status 200, ``grpc-status`` and ``grpc-message`` as header
 
 from __future__ import annotations
 
-import gzip
 import zlib
 from urllib.parse import quote
 
@@ -23,6 +22,8 @@ _HEAD = (
 )
 _TAIL = b"\r\n0\r\ngrpc-status: 0\r\n\r\n"
 
+#: Longest error message, in characters: one takes up to twelve bytes here, and proxies allow about 16 KB of headers.
+_MESSAGE_MAX = 1024
 #: ``grpc-timeout`` units in seconds.
 _TIMEOUT_UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 
@@ -31,20 +32,32 @@ def unframe(body: bytes, *, encoding: bytes = b"identity", bytes_max: int) -> by
     """The one message in a unary body, decompressed. Raises `InvalidInput` when it is anything else."""
     if len(body) < 5 or int.from_bytes(body[1:5], "big") != len(body) - 5:
         raise InvalidInput("the gRPC body is not exactly one length-prefixed message")
+    if body[0] > 1:
+        raise InvalidInput("the gRPC message has unknown flags")
     message = body[5:]
-    return message if body[0] == 0 else _decompress(message, encoding, bytes_max)
+    return decompress(message, encoding, bytes_max=bytes_max) if body[0] else message
 
 
-def _decompress(message: bytes, encoding: bytes, bytes_max: int) -> bytes:
-    if encoding not in {b"gzip", b"deflate"}:
-        raise RequestError(Code.UNIMPLEMENTED, f"grpc-encoding {encoding.decode('ascii', 'replace')!r}: use gzip")
+def decompress(data: bytes, encoding: bytes, *, bytes_max: int) -> bytes:
+    """`data` without its ``gzip`` or ``deflate`` encoding.
+
+    Raises `InvalidInput` when it is damaged or cut short, UNIMPLEMENTED for another encoding, RESOURCE_EXHAUSTED as
+    soon as it is more than `bytes_max` bytes: a bomb never goes off.
+    """
+    window = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}.get(encoding)
+    if window is None:
+        raise RequestError(
+            Code.UNIMPLEMENTED, f"unknown encoding {encoding.decode('ascii', 'replace')!r}: use gzip or none"
+        )
+    inflate = zlib.decompressobj(window)
     try:
-        inflate = zlib.decompressobj(16 + zlib.MAX_WBITS if encoding == b"gzip" else zlib.MAX_WBITS)
-        plain = inflate.decompress(message, bytes_max + 1)
-    except (zlib.error, gzip.BadGzipFile) as error:
-        raise InvalidInput(f"the compressed gRPC message is damaged: {error}") from None
+        plain = inflate.decompress(data, bytes_max + 1)
+    except zlib.error as error:
+        raise InvalidInput(f"the compressed message is damaged: {error}") from None
     if len(plain) > bytes_max:
         raise RequestError(Code.RESOURCE_EXHAUSTED, f"the message is larger than {bytes_max} bytes uncompressed")
+    if not inflate.eof or inflate.unused_data:
+        raise InvalidInput("the compressed message is damaged: it does not end where the stream does")
     return plain
 
 
@@ -57,7 +70,8 @@ def answer(message: bytes, headers: bytes = b"") -> bytes:
 def error_answer(error: RequestError) -> bytes:
     """A whole trailers-only HTTP/1.1 answer that carries `error`."""
     # Percent-encoding as the protocol wants it: printable ASCII but `%` stays readable.
-    text = quote(error.message[:4096], safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~").encode()
+    message = error.message[:_MESSAGE_MAX]
+    text = quote(message, safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~", errors="replace").encode()
     reason = b"x-raymesh-reason: %b\r\n" % error.reason.encode() if error.reason else b""
     if error.retry_after_s:
         reason += b"grpc-retry-pushback-ms: %d\r\n" % round(error.retry_after_s * 1000)
@@ -69,6 +83,7 @@ def error_answer(error: RequestError) -> bytes:
 
 def timeout_s(header: bytes | None) -> float | None:
     """The seconds in a ``grpc-timeout`` header; None when absent or malformed."""
-    if not header or header[-1:] not in _TIMEOUT_UNITS_S or not header[:-1].isdigit():
+    # The protocol allows eight digits.
+    if not header or len(header) > 9 or header[-1:] not in _TIMEOUT_UNITS_S or not header[:-1].isdigit():
         return None
     return int(header[:-1]) * _TIMEOUT_UNITS_S[header[-1:]]

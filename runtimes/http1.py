@@ -26,18 +26,24 @@ log = logging.getLogger(__name__)
 
 #: Requests one connection may have waiting before we stop reading from it.
 PIPELINE_MAX = 64
+#: Bytes of one request's line and headers. The front door's own limit is far lower.
+HEAD_BYTES_MAX = 64 * 1024
+#: How long a connection we hang up on is still read from: closing with unread bytes would reset it, and the reset may
+#: overtake the answer that says why.
+LINGER_S = 1.0
+#: Longest error message in an answer; a client may name its input anything.
+_MESSAGE_MAX = 4096
 
 Handler = Callable[["Request"], None]
 
 _STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
 _STATUS_LINES[499] = b"HTTP/1.1 499 Client Closed Request\r\n"
-_BODILESS = frozenset({b"GET", b"HEAD", b"DELETE"})
 
 
 class Request:
     """One request: what came, and the means to answer it exactly once."""
 
-    __slots__ = ("_answered", "_connection", "body", "has_left", "headers", "is_last", "method", "target")
+    __slots__ = ("_answered", "_connection", "body", "has_left", "headers", "is_last", "method", "on_left", "target")
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
@@ -52,6 +58,8 @@ class Request:
         self.is_last = False
         #: The caller hung up: nobody will read an answer.
         self.has_left = False
+        #: Called when the caller hangs up before the answer; set by who can stop working then.
+        self.on_left: Callable[[], object] | None = None
 
     @property
     def path(self) -> str:
@@ -80,7 +88,7 @@ class Request:
     def respond_error(self, error: RequestError) -> None:
         """Send an error as the protocol's ``{"error": …}`` with our machine-readable fields beside it."""
         body = {
-            "error": error.message,
+            "error": error.message[:_MESSAGE_MAX],
             "reason": error.reason,
             "code": int(error.code),
             "retry_after_s": error.retry_after_s,
@@ -99,12 +107,20 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._request = Request(self)
+        self._is_in_head = True
+        self._head_bytes = 0
         self._chunks: list[bytes] = []
         self._size_bytes = 0
         #: Whole requests not answered yet, oldest first; only the first one is being handled.
         self._waiting: deque[Request] = deque()
-        self._is_paused = False
-        self._is_closing = False
+        #: Our answer to what was no request, after those to the requests before it.
+        self._refusal = b""
+        #: What still comes is not read any more: the last request is here, or it was not HTTP.
+        self._is_deaf = False
+        #: Too many requests wait: no reading until some are answered.
+        self._is_full = False
+        #: The peer does not read our answers: no reading either.
+        self._is_clogged = False
 
     # -- asyncio ---------------------------------------------------------------------------------------------------
 
@@ -118,22 +134,40 @@ class _Connection(asyncio.Protocol):
         self._transport = None
         for request in self._waiting:
             request.has_left = True
+            if request.on_left is not None:
+                request.on_left()
         self._waiting.clear()
 
+    def pause_writing(self) -> None:
+        self._is_clogged = True
+        self._set_reading()
+
+    def resume_writing(self) -> None:
+        self._is_clogged = False
+        self._set_reading()
+
     def data_received(self, data: bytes) -> None:
-        if self._is_closing:
+        if self._is_deaf:
             return
+        before = self._request
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._refuse(RequestError(Code.UNIMPLEMENTED, "protocol upgrades are not supported"))
+            pass  # a wish we may ignore; the request that had it is the connection's last
         except httptools.HttpParserError:
             self._refuse(RequestError(Code.INVALID_ARGUMENT, "malformed HTTP request"))
+        if self._is_in_head and self._request is before:
+            # Only whole reads of an unfinished head count, which is near enough.
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES_MAX:
+                self._refuse(RequestError(Code.INVALID_ARGUMENT, "the request's head is too long"), status=431)
 
     # -- httptools -------------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         self._request = Request(self)
+        self._is_in_head = True
+        self._head_bytes = 0
         self._chunks = []
         self._size_bytes = 0
 
@@ -141,38 +175,45 @@ class _Connection(asyncio.Protocol):
         self._request.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._request.headers[name.lower()] = value
+        # Trailers come here too. They must not pass for headers: the front door strips ours from the head only.
+        if self._is_in_head:
+            self._request.headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
+        self._is_in_head = False
         headers = self._request.headers
-        if b"expect" in headers and self._transport is not None:
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         length = headers.get(b"content-length")
         if length is not None and int(length) > self._server.body_bytes_max:
             self._refuse_size()
+        elif b"expect" in headers and not self._waiting and self._transport is not None:
+            # With answers outstanding it would be taken for part of them; a client must not wait for it for ever.
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
         self._size_bytes += len(body)
         if self._size_bytes > self._server.body_bytes_max:
             self._refuse_size()
-        else:
+        elif not self._is_deaf:
             self._chunks.append(body)
 
     def on_message_complete(self) -> None:
-        if self._is_closing:
+        if self._is_deaf:
             return
         request = self._request
-        request.method = self._parser.get_method()
+        parser = self._parser
+        request.method = parser.get_method()
         chunks = self._chunks
         request.body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._chunks = []
-        request.is_last = not self._parser.should_keep_alive()
-        self._waiting.append(request)
-        if len(self._waiting) == 1:
+        if not parser.should_keep_alive() or parser.should_upgrade():
+            request.is_last = self._is_deaf = True
+        waiting = self._waiting
+        waiting.append(request)
+        if len(waiting) == 1:
             self._server.handle(request)
-        elif len(self._waiting) >= PIPELINE_MAX and not self._is_paused and self._transport is not None:
-            self._is_paused = True
-            self._transport.pause_reading()
+        elif not self._is_full and self._has_enough():
+            self._is_full = True
+            self._set_reading()
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
@@ -181,21 +222,40 @@ class _Connection(asyncio.Protocol):
         transport = self._transport
         if transport is None:
             return
+        if request.method == b"HEAD":
+            answer = answer[: answer.index(b"\r\n\r\n") + 4]
         transport.write(answer)
         self._waiting.popleft()
         if request.is_last:
-            self._is_closing = True
-            transport.close()
+            self._hang_up()
         elif self._waiting:
+            if self._is_full and len(self._waiting) < PIPELINE_MAX // 2:
+                self._is_full = False
+                self._set_reading()
             # Not a direct call: a long pipeline answered at once would otherwise recurse.
             asyncio.get_running_loop().call_soon(self._handle_next)
 
     def _handle_next(self) -> None:
-        if self._waiting and self._transport is not None:
-            if self._is_paused and len(self._waiting) < PIPELINE_MAX // 2:
-                self._is_paused = False
-                self._transport.resume_reading()
-            self._server.handle(self._waiting[0])
+        if not self._waiting:
+            return  # hung up meanwhile
+        request = self._waiting[0]
+        if self._refusal and len(self._waiting) == 1:
+            request.respond_raw(self._refusal)
+        else:
+            self._server.handle(request)
+
+    def _has_enough(self) -> bool:
+        waiting = self._waiting
+        return len(waiting) >= PIPELINE_MAX or sum(len(r.body) for r in waiting) > self._server.body_bytes_max
+
+    def _set_reading(self) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if self._is_full or self._is_clogged:
+            transport.pause_reading()
+        else:
+            transport.resume_reading()
 
     def _refuse_size(self) -> None:
         limit = self._server.body_bytes_max
@@ -208,17 +268,35 @@ class _Connection(asyncio.Protocol):
         )
 
     def _refuse(self, error: RequestError, status: int | None = None) -> None:
-        """Answer what is not a request and hang up: where the next one begins is unknown."""
-        if self._is_closing or self._transport is None:
+        """Answer what is not a request, in its turn, and hang up: where the next one begins is unknown."""
+        if self._is_deaf:
             return
-        self._is_closing = True
+        self._is_deaf = True
+        self._chunks = []
         body = orjson.dumps({"error": error.message})
-        head = _STATUS_LINES[status or error.http_status]
-        self._transport.write(
+        self._refusal = (
             b"%bcontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
-            % (head, len(body), body)
+            % (_STATUS_LINES[status or error.http_status], len(body), body)
         )
-        self._transport.close()
+        stand_in = Request(self)
+        stand_in.is_last = True
+        self._waiting.append(stand_in)
+        if len(self._waiting) == 1:
+            self._handle_next()
+
+    def _hang_up(self) -> None:
+        """Close after the last answer, but not before the peer had time to read it."""
+        transport = self._transport
+        if transport is None:
+            return
+        if not self._refusal:
+            transport.close()
+            return
+        self._is_full = self._is_clogged = False
+        self._set_reading()
+        # The peer's own close ends the connection sooner.
+        transport.write_eof()
+        asyncio.get_running_loop().call_later(LINGER_S, self.close)
 
     def close(self) -> None:
         """Hang up now."""

@@ -2,13 +2,13 @@
 
 Rule of the file: an answer is passed on as the bytes that came, trailers and all; nothing is decoded that need not be.
 Connections are kept alive and reused. The peers are our own servers, so the parser takes what they send
-(``content-length`` or ``chunked``) and treats anything else as a broken peer.
+(``content-length`` or ``chunked``) and treats anything else as a broken peer: its connection is given up.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import re
 from collections import defaultdict
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +20,9 @@ from raymesh.runtimes.errors import Code, Reason, RequestError, Unavailable
 IDLE_MAX = 256
 #: A peer's answer head is a few hundred bytes; more means it is not ours.
 HEAD_BYTES_MAX = 64 * 1024
+#: A chunk's size in hex; ``int`` alone would take signs and underscores. Extensions are not ours.
+_CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,15}\Z")
+_CHUNK_LINE_MAX = 17
 
 
 class UpstreamLost(Exception):
@@ -47,20 +50,20 @@ class RawAnswer(NamedTuple):
 
 
 class _Peer(asyncio.Protocol):
-    """One connection: one request at a time."""
+    """One connection: one request at a time. It is in `idle` exactly while it is open and unused."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle: list[_Peer]) -> None:
+        self._idle = idle
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._answer: asyncio.Future[RawAnswer] | None = None
         self._head_end = -1
-        self._needed = -1
-        self._is_chunked = False
+        #: Where the answer ends, by its content-length; -1 when it is chunked.
+        self._end = -1
+        #: Where the next chunk begins.
         self._scan = 0
 
-    @property
-    def is_open(self) -> bool:
-        return self._transport is not None and not self._transport.is_closing()
+    # -- asyncio -----------------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # A cast: uvloop's transports are asyncio transports in all but ancestry.
@@ -68,89 +71,129 @@ class _Peer(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        if self in self._idle:
+            self._idle.remove(self)
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(UpstreamLost("the peer hung up"))
 
+    def data_received(self, data: bytes) -> None:
+        answer = self._answer
+        if answer is None or answer.done():
+            # Nothing was asked: whatever this is must not meet the next request.
+            self.close()
+            return
+        self._buffer += data
+        try:
+            end = self._find_end()
+            if end < 0:
+                return
+            head = bytes(self._buffer[: self._head_end])
+            answer.set_result(RawAnswer(int(head[9:12]), head, bytes(self._buffer[self._head_end + 4 : end])))
+            if len(self._buffer) > end:
+                self.close()
+        except ValueError:
+            answer.set_exception(UpstreamLost("the peer did not answer in HTTP/1.1"))
+            self.close()
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether any of the present answer has come."""
+        return bool(self._buffer)
+
     async def send(self, request: bytes) -> RawAnswer:
+        """The answer to `request`. However it ends but well, the connection is closed."""
+        self._buffer.clear()
+        self._head_end = self._end = -1
         if self._transport is None:
             raise UpstreamLost("the peer hung up")
-        self._buffer.clear()
-        self._head_end, self._needed, self._is_chunked, self._scan = -1, -1, False, 0
         self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         try:
-            return await self._answer
-        finally:
-            if not self._answer.done() or self._answer.cancelled():
-                # Given up on: the answer that may still come must not meet the next request.
-                self.close()
+            answer = await self._answer
+        except BaseException:
+            # Given up on: the answer that may still come must not meet the next request.
+            self.close()
+            raise
+        if self.is_open and len(self._idle) < IDLE_MAX:
+            self._idle.append(self)
+        else:
+            self.close()
+        return answer
 
     def close(self) -> None:
         if self._transport is not None:
             self._transport.abort()
 
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        answer = self._answer
-        if answer is None or answer.done():
-            self.close()
-            return
-        try:
-            if self._is_whole():
-                end = self._head_end
-                head = bytes(self._buffer[:end])
-                answer.set_result(RawAnswer(int(head[9:12]), head, bytes(self._buffer[end + 4 :])))
-        except ValueError:
-            answer.set_exception(UpstreamLost("the peer did not answer in HTTP/1.1"))
-            self.close()
+    # -- answers -----------------------------------------------------------------------------------------------------
 
-    def _is_whole(self) -> bool:
+    def _find_end(self) -> int:
+        """Where the answer ends in the buffer; -1 until that has come. Raises `ValueError` when it is none of ours."""
         if self._head_end < 0 and not self._read_head():
-            return False
-        if self._is_chunked:
-            return self._is_chunked_whole()
-        return len(self._buffer) >= self._needed
+            return -1
+        if self._end < 0:
+            return self._find_last_chunk()
+        return self._end if len(self._buffer) >= self._end else -1
 
     def _read_head(self) -> bool:
         buffer = self._buffer
         while True:
+            if not buffer.startswith(b"HTTP/1."[: len(buffer)]):
+                raise ValueError("not HTTP")
             end = buffer.find(b"\r\n\r\n")
             if end < 0:
                 if len(buffer) > HEAD_BYTES_MAX:
                     raise ValueError("head too long")
                 return False
-            if not buffer.startswith(b"HTTP/1.1 100"):
+            if buffer[9:10] != b"1":
                 break
+            # 100 Continue and the like come before the answer.
             del buffer[: end + 4]
-        if not buffer.startswith(b"HTTP/1."):
-            raise ValueError("not HTTP")
         self._head_end = end
-        length = 0
+        body = end + 4
+        if buffer[9:12] in (b"204", b"304"):
+            self._end = body
+            return True
         for line in bytes(buffer[:end]).split(b"\r\n")[1:]:
             name, _, value = line.partition(b":")
-            name = name.lower()
-            if name == b"content-length":
-                length = int(value)
-            elif name == b"transfer-encoding":
-                self._is_chunked = value.strip().lower() == b"chunked"
-        self._needed = end + 4 + length
-        self._scan = end + 4
-        return True
+            name, value = name.lower(), value.strip()
+            if name == b"content-length" and len(value) < 16 and value.isdigit():
+                self._end = body + int(value)
+                return True
+            if name == b"transfer-encoding" and value.lower() == b"chunked":
+                self._scan = body
+                return True
+        raise ValueError("neither content-length nor chunked")
 
-    def _is_chunked_whole(self) -> bool:
+    def _find_last_chunk(self) -> int:
         buffer = self._buffer
         while True:
-            line_end = buffer.find(b"\r\n", self._scan)
+            line_end = buffer.find(b"\r\n", self._scan, self._scan + _CHUNK_LINE_MAX)
             if line_end < 0:
-                return False
-            size = int(bytes(buffer[self._scan : line_end]).split(b";")[0], 16)
+                if len(buffer) - self._scan >= _CHUNK_LINE_MAX:
+                    raise ValueError("no chunk")
+                return -1
+            line = bytes(buffer[self._scan : line_end])
+            if _CHUNK_SIZE.match(line) is None:
+                raise ValueError("no chunk")
+            size = int(line, 16)
             if size == 0:
                 # Trailers end with an empty line; without any, that line follows at once.
-                return buffer.startswith(b"\r\n", line_end + 2) or buffer.find(b"\r\n\r\n", line_end) >= 0
-            following = line_end + 2 + size + 2
-            if len(buffer) < following:
-                return False
-            self._scan = following
+                end = buffer.find(b"\r\n\r\n", line_end)
+                if end < 0 and len(buffer) - line_end > HEAD_BYTES_MAX:
+                    raise ValueError("trailers too long")
+                return end + 4 if end >= 0 else -1
+            data_end = line_end + 2 + size
+            if len(buffer) < data_end + 2:
+                return -1
+            if buffer[data_end : data_end + 2] != b"\r\n":
+                raise ValueError("a chunk of another size")
+            self._scan = data_end + 2
 
 
 class Upstreams:
@@ -183,16 +226,13 @@ class Upstreams:
             if not peer.is_open:
                 continue
             try:
-                answer = await peer.send(request)
+                return await peer.send(request)
             except UpstreamLost:
+                if peer.has_begun:
+                    raise
                 # A kept-alive connection may have died unseen; only a fresh one proves the peer gone.
-                continue
-            self._keep(idle, peer)
-            return answer
-        peer = await self._connect(address)
-        answer = await peer.send(request)
-        self._keep(idle, peer)
-        return answer
+                break
+        return await (await self._connect(address, idle)).send(request)
 
     async def call(self, address: str, method: str, path: str, body: Any = None, *, timeout_s: float) -> dict[str, Any]:
         """A control call with JSON in and out.
@@ -216,54 +256,58 @@ class Upstreams:
             raise RequestError(
                 Code.DEADLINE_EXCEEDED, f"no answer within {timeout_s:g} s", reason=Reason.DEADLINE
             ) from None
-        value = orjson.loads(answer.rest) if answer.rest else {}
-        if answer.status != 200:
-            raise RequestError(
-                Code(value.get("code", Code.INTERNAL)),
-                str(value.get("error", "")),
-                reason=str(value.get("reason", "")),
-                retry_after_s=float(value.get("retry_after_s", 0.0)),
-            )
-        return dict(value)
+        try:
+            value = orjson.loads(answer.rest) if answer.rest else {}
+            if answer.status != 200:
+                error = _read_error(value)
+            elif isinstance(value, dict):
+                return value
+            else:
+                raise ValueError("not an object")
+        except (ValueError, TypeError, KeyError):
+            raise Unavailable("a part of the mesh did not answer sensibly", reason=Reason.NO_INSTANCE) from None
+        raise error
 
     async def close(self) -> None:
-        """Hang up on every peer."""
+        """Hang up on every idle peer; requests under way end as their callers want."""
         for idle in self._idle.values():
-            for peer in idle:
+            for peer in list(idle):
                 peer.close()
         self._idle.clear()
 
-    async def _connect(self, address: str) -> _Peer:
+    async def _connect(self, address: str, idle: list[_Peer]) -> _Peer:
         host, _, port = address.rpartition(":")
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                _, peer = await loop.create_connection(_Peer, host, int(port))
-        except (OSError, TimeoutError):
+                _, peer = await loop.create_connection(lambda: _Peer(idle), host, int(port))
+        except (OSError, TimeoutError, ValueError, OverflowError):
             raise UpstreamLost(f"no connection to {address}") from None
         return peer
 
-    def _keep(self, idle: list[_Peer], peer: _Peer) -> None:
-        if peer.is_open and len(idle) < IDLE_MAX:
-            idle.append(peer)
-        else:
-            with contextlib.suppress(Exception):
-                peer.close()
+
+def _read_error(value: Any) -> RequestError:
+    """The error in a control answer. Raises what its conversions raise when there is none."""
+    code = Code(value.get("code", Code.INTERNAL)) if isinstance(value, dict) else Code.INTERNAL
+    fields: dict[str, Any] = value if isinstance(value, dict) else {}
+    return RequestError(
+        code if code is not Code.OK else Code.INTERNAL,
+        str(fields.get("error", "")),
+        reason=str(fields.get("reason", "")),
+        retry_after_s=float(fields.get("retry_after_s", 0.0)),
+    )
 
 
-#: Headers that belong to one connection or one hop and are never passed on.
+#: Headers that belong to one connection or one hop and are never passed on; some are set anew.
 _HOP_HEADERS = frozenset(
-    {b"host", b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"expect", b"te", b"upgrade"}
+    {b"host", b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"expect", b"te", b"trailer"}
+    | {b"upgrade", b"x-raymesh-token", b"x-raymesh-hops"}
 )
 
 
 def headers_to_pass_on(headers: dict[bytes, bytes], *, hops: int) -> bytes:
     """The header lines with which a request goes on to the next process, its hop count included."""
-    lines = [
-        b"%b: %b\r\n" % (name, value)
-        for name, value in headers.items()
-        if name not in _HOP_HEADERS and name not in {b"x-raymesh-token", b"x-raymesh-hops"}
-    ]
+    lines = [b"%b: %b\r\n" % (name, value) for name, value in headers.items() if name not in _HOP_HEADERS]
     lines.append(b"x-raymesh-hops: %d\r\n" % hops)
     return b"".join(lines)
 
@@ -271,4 +315,4 @@ def headers_to_pass_on(headers: dict[bytes, bytes], *, hops: int) -> bytes:
 def hops_of(headers: dict[bytes, bytes]) -> int:
     """How many of our processes have passed this request on already."""
     text = headers.get(b"x-raymesh-hops", b"0")
-    return int(text) if text.isdigit() else 0
+    return int(text) if len(text) < 10 and text.isdigit() else 0

@@ -95,6 +95,9 @@ class OnnxFramework:
             session = onnxruntime.InferenceSession(
                 str(source), _session_options(source, options.threads), providers=["CPUExecutionProvider"]
             )
+            return OnnxModel(session)
+        except LoadFailed:
+            raise
         except Exception as error:
             # ONNX Runtime's exceptions share no base class; their texts name files of the server.
             _log.info("onnxruntime cannot load a model: %s", error)
@@ -102,7 +105,6 @@ class OnnxFramework:
                 f"ONNX Runtime {onnxruntime.__version__} cannot read the model ({type(error).__name__}): it is not "
                 "ONNX, is damaged, or uses an operator or version this runtime does not have"
             ) from None
-        return OnnxModel(session)
 
 
 FRAMEWORK = OnnxFramework()

@@ -79,7 +79,7 @@ class SklearnModel:
 
     def close(self) -> None:
         """Free the memory now."""
-        del self._call
+        self._call = _closed
 
     def _framed(self, rows: Array) -> Any:
         if self._columns is None:
@@ -128,6 +128,10 @@ class SklearnFramework:
 
 
 FRAMEWORK = SklearnFramework()
+
+
+def _closed(rows: Any) -> Any:
+    raise RuntimeError("the model is closed")
 
 
 def _load_pickle(data: bytes, options: LoadOptions) -> Any:

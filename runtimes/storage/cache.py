@@ -13,7 +13,7 @@ Layout under the root (one file system):
 
 Artifacts are copied, not hard-linked: the user may rewrite the source in place, and a registered model never changes.
 """
-# ruff: noqa: PTH100, PTH102, PTH103, PTH104, PTH105, PTH108, PTH112, PTH116, PTH118, PTH123, PTH208
+# ruff: noqa: PTH100, PTH102, PTH103, PTH104, PTH108, PTH110, PTH112, PTH116, PTH118, PTH123, PTH208
 # os calls on purpose: a path object per step would double the cost of a hit.
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from raymesh.runtimes.storage.provider import FetchLimits, Fingerprint, Provider
 
 _log = logging.getLogger(__name__)
 
-_STRIPES = 256
+#: Hexadecimal digits of a URI's hash that name its lock: 256 locks, so that few fetches wait for a stranger's.
+_STRIPE_DIGITS = 2
 #: Eviction makes this share of the capacity free at once, so that a full cache is not scanned for every new artifact.
 _EVICT_SHARE = 0.1
 #: A folder in tmp/ is locked an instant after it was made; younger ones than this are never taken for leftovers.
@@ -110,7 +111,7 @@ class DiskCache:
         if found is not None:
             return found
         try:
-            with self._locked(_name_of(uri)[:2]):
+            with self._locked(_name_of(uri)[:_STRIPE_DIGITS]):
                 # Someone else may have fetched it while we waited.
                 return self._lookup(uri, fingerprint) or self._fetch(uri, provider)
         except OSError as error:
@@ -232,10 +233,10 @@ class DiskCache:
             "name": artifact.path.name,
             "size_bytes": artifact.size_bytes,
         }
-        temporary = self._at("index", f".{secrets.token_hex(8)}")
-        with open(temporary, "w") as writer:
+        # In place, under the URI's lock: half an entry does not parse, which only costs a fetch. New names are what takes
+        # time here (a file system journals them), so there is no temporary file.
+        with open(self._at("index", _name_of(uri)), "w") as writer:
             json.dump(entry, writer)
-        os.replace(temporary, self._at("index", _name_of(uri)))
 
     # -- making room -------------------------------------------------------------------------------------------------
 
@@ -252,7 +253,8 @@ class DiskCache:
                         break
                     if self._evict(digest):
                         used -= size
-            self._write_usage(used)
+            with self._locked("usage"):
+                self._write_usage(used)
 
     def _evict(self, digest: str) -> bool:
         folder = self._at("blobs", digest)
@@ -284,7 +286,7 @@ class DiskCache:
         """The hint of bytes in use; more than the capacity (so: count) when there is none."""
         try:
             with open(self._at("usage")) as reader:
-                return int(reader.read())
+                return int(reader.read(20))
         except (OSError, ValueError):
             return self._capacity_bytes + 1
 
@@ -294,10 +296,12 @@ class DiskCache:
                 self._write_usage(used + size_bytes)
 
     def _write_usage(self, used: int) -> None:
-        temporary = self._at("tmp", f"{secrets.token_hex(8)}.usage")
-        with open(temporary, "w") as writer:
-            writer.write(str(used))
-        os.replace(temporary, self._at("usage"))
+        # In place and of one width: whoever reads at the same time sees one number or the other.
+        descriptor = os.open(self._at("usage"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.pwrite(descriptor, b"%020d" % used, 0)
+        finally:
+            os.close(descriptor)
 
     # -- files and locks ---------------------------------------------------------------------------------------------
 
@@ -323,7 +327,8 @@ class DiskCache:
         try:
             yield folder, lock
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if os.path.exists(folder):
+                shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
 
     def _remove_leftovers(self) -> None:

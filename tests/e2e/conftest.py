@@ -14,8 +14,8 @@ from launching import Mesh
 from raymesh.mesh.client import Client
 from raymesh.registry.embedded import EmbeddedEtcd
 
-#: Room for some fifty of the models used here, so that a test can make the mesh evict without loading thousands.
-MEMORY_BYTES = 8 * 1024**2
+#: Room for some 180 of the models used here, so that a test can make the mesh evict without loading thousands.
+MEMORY_BYTES = 12 * 1024**2
 RUNTIMES = 2
 
 

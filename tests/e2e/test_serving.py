@@ -138,7 +138,7 @@ def test_the_kserve_sdk(mesh: Mesh, registered: Callable[..., TrainedModel]) -> 
 def test_what_does_not_fit_is_evicted_and_comes_back(
     mesh: Mesh, client: Client, registered: Callable[..., TrainedModel]
 ) -> None:
-    models = [registered() for _ in range(120)]
+    models = [registered() for _ in range(220)]
     before = sum(status["evictions"] for status in mesh.runtime_statuses())
     for model in models:
         assert model.explain_wrong(0, 1, client.predict(model.name, model.rows[:1]).outputs) == ""

@@ -73,13 +73,26 @@ def test_excluded_and_stale(shell_mesh, poll):
             await put_model(mesh, "m")
             first = (await place(mesh, "m"))["instance"]
             await poll(lambda: mesh.leader.view.loaded_on("default/m"))
-            # It says it has it not: asked again, perhaps the same.
-            await place(mesh, "m", stale=[first])
+            # It is said not to have it: it is asked to load it (again).
+            assert (await place(mesh, "m", stale=[first]))["instance"] == first
             assert len(mesh.loads) == 2
             second = (await place(mesh, "m", exclude=[first]))["instance"]
             assert second != first
             error = await error_of(place(mesh, "m", exclude=["r0", "r1"]))
             assert (error.code, error.reason) == (Code.UNAVAILABLE, Reason.NO_INSTANCE)
+
+    asyncio.run(body())
+
+
+def test_a_copy_just_loaded_is_not_doubled_because_a_request_came_too_early(shell_mesh):
+    async def body():
+        async with shell_mesh(runtimes=4) as mesh:
+            for n in range(10):
+                await put_model(mesh, f"m{n}")
+                first = (await place(mesh, f"m{n}"))["instance"]
+                again = await asyncio.gather(*(place(mesh, f"m{n}", stale=[first]) for _ in range(3)))
+                assert {answer["instance"] for answer in again} == {first}
+            assert all(sum(f"default/m{n}" in r.copies for r in mesh.runtimes) == 1 for n in range(10))
 
     asyncio.run(body())
 

@@ -57,7 +57,9 @@ def test_contract(tmp_path: Path) -> None:
 
 def test_several_inputs_go_by_name(tmp_path: Path) -> None:
     inputs = [value("a", FLOAT, ["n"]), value("b", FLOAT, ["n"])]
-    model = load(save(graph([helper.make_node("Sub", ["a", "b"], ["c"])], inputs, [value("c", FLOAT, ["n"])]), tmp_path))
+    model = load(
+        save(graph([helper.make_node("Sub", ["a", "b"], ["c"])], inputs, [value("c", FLOAT, ["n"])]), tmp_path)
+    )
     one, two = np.ones(2, np.float32), np.full(2, 2, np.float32)
     assert model.predict({"b": one, "a": two}, ())["c"].tolist() == [1, 1]
     with pytest.raises(InvalidInput, match="'a', 'b'"):
@@ -103,13 +105,11 @@ def test_a_classifier_with_maps_gives_an_array(labels: Any, tmp_path: Path) -> N
 def test_types_the_protocol_cannot_carry_are_refused(tmp_path: Path) -> None:
     nodes = [helper.make_node("SequenceConstruct", ["x"], ["s"])]
     out = helper.make_tensor_sequence_value_info("s", FLOAT, None)
-    with pytest.raises(LoadFailed, match="output 's'.*plain tensors"):
+    with pytest.raises(LoadFailed, match=r"output 's'.*plain tensors"):
         load(save(graph(nodes, [value("x", FLOAT, ["n"])], [out]), tmp_path))
 
 
 def test_weights_beside_the_model(tmp_path: Path) -> None:
-    onnx.save_model(
-        linear(), tmp_path / "m.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0
-    )
+    onnx.save_model(linear(), tmp_path / "m.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
     answer = load(tmp_path).predict({"x": np.ones((1, 4), np.float32)}, ("y",))
     assert answer["y"].tolist() == [[12, 16]]

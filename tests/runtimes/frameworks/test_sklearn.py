@@ -154,7 +154,6 @@ def test_pickles_need_trust(name: str, tmp_path: Path) -> None:
     assert load(path, trust_pickle=True).outputs[0].datatype == "INT64"
 
 
-
 def test_an_untrusted_pickle_is_not_even_opened(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
 
@@ -184,7 +183,9 @@ def _broken(estimator: Any, change: Any) -> Any:
     return estimator
 
 
-@pytest.mark.parametrize(("field", "value"), [("left_child", 10**6), ("right_child", 0), ("feature", 400), ("feature", -9)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("left_child", 10**6), ("right_child", 0), ("feature", 400), ("feature", -9)]
+)
 @pytest.mark.parametrize("kind", [DecisionTreeClassifier, RandomForestClassifier])
 def test_trees_that_point_outside_are_refused(kind: Any, field: str, value: int, tmp_path: Path) -> None:
     # Predicting with one of these reads outside the process's memory, or never ends.

@@ -200,9 +200,7 @@ def test_without_treelite_xgboost_serves(booster: Any, save: Any, monkeypatch: p
     assert_same(model, trained, some_rows(5))
 
 
-def test_a_kind_that_disagrees_is_served_by_xgboost(
-    booster: Any, save: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kind_that_disagrees_is_served_by_xgboost(booster: Any, save: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "_agreed", {})
     monkeypatch.setattr(adapter, "is_same_answer", lambda ours, theirs: False)
     assert isinstance(load(save(booster())), adapter._BoosterModel)
