@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 LOAD_ANSWER_MARGIN_S = 5.0
 #: A size nobody measured is guessed from the last ones of the same type; weight of the newest in the running mean.
 SIZE_LEARNING_RATE = 0.1
-#: "Not loaded here" from an instance that reported its load less than this long ago is asked about before it is believed:
+#: "Not loaded here" about an instance that reported its load less than this long ago is checked before it is believed:
 #: requests that follow the watch can be at a runtime just before its copy can be used.
 RECENT_LOAD_S = 5.0
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import socket
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,6 @@ from typing import Any
 # Before any framework is imported: one compute thread a call, the runtime has one process per core.
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
-
-import ray
 
 from raymesh.registry.etcd import EtcdStore
 from raymesh.runtimes.copy_cache import CopyCache
@@ -40,8 +39,9 @@ class RuntimeReplica:
     """
 
     def __init__(self, options: RuntimeOptions, registry: str, make_cache: Callable[[], CopyCache]) -> None:
-        node = ray.get_runtime_context().get_node_id()
-        options = dataclasses.replace(options, instance=f"{options.pool}-{uuid.uuid4().hex[:12]}", node=node)
+        instance = f"{options.pool}-{uuid.uuid4().hex[:12]}"
+        # The host's name, as in the gateways' records: a stale route goes to a gateway of its own node first.
+        options = dataclasses.replace(options, instance=instance, node=socket.gethostname())
         self._thread = LoopThread(options.instance)
         self._runtime = self._thread.run(self._start(options, registry, make_cache), START_TIMEOUT_S)
 

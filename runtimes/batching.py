@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -113,6 +113,8 @@ class Call:
 
 #: The answer to one call, ready to send.
 Answer = bytes
+#: What a model made of one call: its outputs by name, or what it raised.
+_Result = dict[str, Array] | Exception
 
 
 class Batcher:
@@ -134,16 +136,10 @@ class Batcher:
         if infer.outputs and not copy.output_names.issuperset(infer.outputs):
             unknown = next(o for o in infer.outputs if o not in copy.output_names)
             raise InvalidInput(f"unexpected inference output '{unknown}' for model '{copy.id}'")
-        inputs = infer.inputs
-        if copy.model.is_batchable and inputs:
-            rows = infer.rows
-            key: Any = (
-                infer.outputs,
-                *[(name, a.dtype, a.shape[1:], a.shape[:1] == (rows,)) for name, a in inputs.items()],
-            )
-        else:
-            # Never batched: an unbatchable model, or a request whose inputs the model has to judge by itself.
-            rows, key = 1, request
+        rows, key = _signature(infer) if copy.model.is_batchable else (1, None)
+        if key is None:
+            # A queue of its own: never computed with another.
+            key = request
         call = Call(request, infer, rows)
         queue = copy.queues.get(key)
         if queue is None:
@@ -151,6 +147,13 @@ class Batcher:
         else:
             queue.append(call)
         copy.enter()
+        self._schedule(copy)
+
+    def close(self) -> None:
+        """Drop the workers; what they still compute is answered as failed or not at all."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    def _schedule(self, copy: Copy) -> None:
         self._ready[copy] = None
         if not self._is_scheduled:
             self._is_scheduled = True
@@ -161,39 +164,53 @@ class Batcher:
         ready, self._ready = self._ready, {}
         for copy in ready:
             if copy.is_computing:
-                continue  # its thread takes the queue when it is done
+                continue  # its thread's end puts it back
             self._touch(copy.name)
-            if copy.mean_s > INLINE_MAX_S:
-                self._start_thread(copy)
-                continue
             queues, copy.queues = copy.queues, {}
-            for calls in queues.values():
-                for batch in _split(calls):
-                    self._finish(batch, _compute(copy, batch))
-                copy.leave(len(calls))
+            batches = [batch for calls in queues.values() for batch in _split(calls)]
+            if copy.mean_s > INLINE_MAX_S:
+                self._start_thread(copy, batches)
+                continue
+            for batch in batches:
+                self._finish(copy, batch, _compute(copy, batch))
 
-    def _start_thread(self, copy: Copy) -> None:
+    def _start_thread(self, copy: Copy, batches: list[list[Call]]) -> None:
+        def work() -> None:
+            for batch in batches:
+                answers = _compute(copy, batch)
+                # One by one: the callers of the first batch need not wait for the last.
+                self._loop.call_soon_threadsafe(self._finish, copy, batch, answers)
+
         copy.is_computing = True
-        queues, copy.queues = copy.queues, {}
-        batches = [batch for calls in queues.values() for batch in _split(calls)]
-        future = self._loop.run_in_executor(self._workers, _compute_all, copy, batches)
-        future.add_done_callback(lambda done: self._end_thread(copy, batches, done.result()))
+        self._loop.run_in_executor(self._workers, work).add_done_callback(lambda done: self._end_thread(copy, done))
 
-    def _end_thread(self, copy: Copy, batches: list[list[Call]], answers: list[list[Answer]]) -> None:
+    def _end_thread(self, copy: Copy, done: asyncio.Future[None]) -> None:
         copy.is_computing = False
         if copy.queues:
-            self._ready[copy] = None
-            if not self._is_scheduled:
-                self._is_scheduled = True
-                self._loop.call_soon(self._run)
-        for batch, batch_answers in zip(batches, answers, strict=True):
-            self._finish(batch, batch_answers)
-            copy.leave(len(batch))
+            self._schedule(copy)
+        if not done.cancelled():
+            done.result()  # raises what must never happen where the loop logs it
 
     @staticmethod
-    def _finish(batch: list[Call], answers: Sequence[Answer]) -> None:
+    def _finish(copy: Copy, batch: list[Call], answers: list[Answer]) -> None:
         for call, answer in zip(batch, answers, strict=True):
             call.request.respond_raw(answer)
+        copy.leave(len(batch))
+
+
+def _signature(infer: InferRequest) -> tuple[int, Any]:
+    """The rows of a request and what it must have in common with another to be computed with it.
+
+    None for the latter when the inputs do not agree on their rows: the model has to judge them by themselves.
+    """
+    rows = infer.rows
+    parts: list[Any] = [infer.outputs]
+    for name, array in infer.inputs.items():
+        shape = array.shape
+        if not shape or shape[0] != rows:
+            return 1, None
+        parts.append((name, array.dtype, shape[1:]))
+    return (rows, tuple(parts)) if infer.inputs else (1, None)
 
 
 def _split(calls: list[Call]) -> list[list[Call]]:
@@ -211,21 +228,18 @@ def _split(calls: list[Call]) -> list[list[Call]]:
     return batches
 
 
-def _compute_all(copy: Copy, batches: list[list[Call]]) -> list[list[Answer]]:
-    return [_compute(copy, batch) for batch in batches]
-
-
 def _compute(copy: Copy, batch: list[Call]) -> list[Answer]:
-    """The answers to a batch, in order. Never raises: a failure is an answer too."""
+    """The answers to a batch, in order. Never raises: a failure is an answer too. Callers who left get ``b""``."""
     started = time.perf_counter()
     calls = [c for c in batch if not c.request.has_left]
+    if not calls:
+        return [b""] * len(batch)
     try:
-        if not calls:
-            return [b""] * len(batch)
-        answers = _predict(copy, calls)
+        results: list[_Result] = list(_predict(copy, calls))
     except Exception as error:
         # One request may have spoilt the batch: alone, each gets what it deserves.
-        answers = [_answer_alone(copy, c) for c in calls] if len(calls) > 1 else [_failure(copy, calls[0], error)]
+        results = [_predict_alone(copy, c) for c in calls] if len(calls) > 1 else [error]
+    answers = [_encode(copy, c, r) for c, r in zip(calls, results, strict=True)]
     copy.mean_s += MEAN_WEIGHT * (time.perf_counter() - started - copy.mean_s)
     if len(calls) == len(batch):
         return answers
@@ -233,46 +247,49 @@ def _compute(copy: Copy, batch: list[Call]) -> list[Answer]:
     return [by_call.get(c, b"") for c in batch]
 
 
-def _predict(copy: Copy, calls: list[Call]) -> list[Answer]:
+def _predict(copy: Copy, calls: list[Call]) -> list[dict[str, Array]]:
+    """The outputs of each call, in order; raises what the model raises."""
     model = copy.model
     first = calls[0].infer
     if len(calls) == 1:
-        return [_encode(copy, calls[0], model.predict(first.inputs, first.outputs))]
+        return [model.predict(first.inputs, first.outputs)]
     merged = {name: np.concatenate([c.infer.inputs[name] for c in calls]) for name in first.inputs}
     outputs = model.predict(merged, first.outputs)
     rows = sum(c.rows for c in calls)
     if any(a.shape[:1] != (rows,) for a in outputs.values()):
         raise ValueError("the model's outputs do not have one row per input row")
-    answers = []
+    results = []
     at = 0
     for call in calls:
         end = at + call.rows
-        answers.append(_encode(copy, call, {name: a[at:end] for name, a in outputs.items()}))
+        results.append({name: a[at:end] for name, a in outputs.items()})
         at = end
-    return answers
+    return results
 
 
-def _encode(copy: Copy, call: Call, outputs: dict[str, Array]) -> Answer:
-    infer = call.infer
-    if infer.outputs:
-        outputs = {name: outputs[name] for name in infer.outputs}
-    if infer.is_grpc:
-        return copy.encoder.encode(outputs, infer.id)
-    return oip.encode_rest(copy.id, MODEL_VERSION, infer, outputs)
-
-
-def _answer_alone(copy: Copy, call: Call) -> Answer:
+def _predict_alone(copy: Copy, call: Call) -> _Result:
     try:
         return _predict(copy, [call])[0]
     except Exception as error:
-        return _failure(copy, call, error)
+        return error
 
 
-def _failure(copy: Copy, call: Call, error: Exception) -> Answer:
-    if not isinstance(error, RequestError):
+def _encode(copy: Copy, call: Call, result: _Result) -> Answer:
+    infer = call.infer
+    try:
+        if isinstance(result, Exception):
+            raise result
+        if infer.outputs:
+            result = {name: result[name] for name in infer.outputs}
+        if infer.is_grpc:
+            return copy.encoder.encode(result, infer.id)
+        return oip.encode_rest(copy.id, MODEL_VERSION, infer, result)
+    except RequestError as error:
+        return oip.error_answer(error, is_grpc=infer.is_grpc)
+    except Exception as error:
         log.warning("model %s raised", copy.name, exc_info=error)
         # Only the kind of error: its text may hold paths or data of others.
-        error = RequestError(
+        hidden = RequestError(
             Code.INTERNAL, f"model '{copy.id}' raised {type(error).__name__}", reason=Reason.MODEL_RAISED
         )
-    return oip.error_answer(error, is_grpc=call.infer.is_grpc)
+        return oip.error_answer(hidden, is_grpc=infer.is_grpc)

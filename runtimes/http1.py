@@ -274,9 +274,10 @@ class _Connection(asyncio.Protocol):
         self._is_deaf = True
         self._chunks = []
         body = orjson.dumps({"error": error.message})
-        self._refusal = (
-            b"%bcontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
-            % (_STATUS_LINES[status or error.http_status], len(body), body)
+        self._refusal = b"%bcontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b" % (
+            _STATUS_LINES[status or error.http_status],
+            len(body),
+            body,
         )
         stand_in = Request(self)
         stand_in.is_last = True

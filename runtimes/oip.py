@@ -7,6 +7,7 @@ extension, and Triton's practice where clients rely on it (`raw_output_contents`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,19 +26,22 @@ _ModelInferResponse = MESSAGES.ModelInferResponse
 
 #: Inputs or outputs one request may name.
 TENSORS_MAX = 1024
+#: Longest error message in an answer; a client may name its input anything.
+_MESSAGE_MAX = 4096
+#: Where typed contents of a datatype are, and the dtype that holds whatever may be there.
 _CONTENT_FIELDS = {
-    "BOOL": "bool_contents",
-    "INT8": "int_contents",
-    "INT16": "int_contents",
-    "INT32": "int_contents",
-    "INT64": "int64_contents",
-    "UINT8": "uint_contents",
-    "UINT16": "uint_contents",
-    "UINT32": "uint_contents",
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "BYTES": "bytes_contents",
+    "BOOL": ("bool_contents", np.dtype(np.bool_)),
+    "INT8": ("int_contents", np.dtype(np.int64)),
+    "INT16": ("int_contents", np.dtype(np.int64)),
+    "INT32": ("int_contents", np.dtype(np.int64)),
+    "INT64": ("int64_contents", np.dtype(np.int64)),
+    "UINT8": ("uint_contents", np.dtype(np.int64)),
+    "UINT16": ("uint_contents", np.dtype(np.int64)),
+    "UINT32": ("uint_contents", np.dtype(np.int64)),
+    "UINT64": ("uint64_contents", np.dtype(np.uint64)),
+    "FP32": ("fp32_contents", np.dtype(np.float32)),
+    "FP64": ("fp64_contents", np.dtype(np.float64)),
+    "BYTES": ("bytes_contents", np.dtype(object)),
 }
 
 
@@ -72,8 +76,8 @@ def decode_grpc(message: bytes) -> InferRequest:
         raise InvalidInput("the message is not a ModelInferRequest") from None
     inputs = request.inputs
     raws = request.raw_input_contents
-    if len(inputs) > TENSORS_MAX:
-        raise InvalidInput(f"more than {TENSORS_MAX} inputs")
+    if len(inputs) > TENSORS_MAX or len(request.outputs) > TENSORS_MAX:
+        raise InvalidInput(f"more than {TENSORS_MAX} inputs or outputs")
     if raws and len(raws) != len(inputs):
         raise InvalidInput(f"raw_input_contents has {len(raws)} entries for {len(inputs)} inputs")
     arrays: dict[str, Array] = {}
@@ -97,24 +101,25 @@ def decode_grpc(message: bytes) -> InferRequest:
 def _from_contents(name: str, tensor: Any) -> Array:
     datatype = tensor.datatype
     shape = tensors.check_shape(name, list(tensor.shape))
-    field = _CONTENT_FIELDS.get(datatype)
-    if field is None:
+    if datatype not in _CONTENT_FIELDS:
         raise InvalidInput(
             f"input '{name}': {datatype} has no typed contents; send it in raw_input_contents"
             if datatype in {"FP16", "BF16"}
             else f"input '{name}': unknown datatype {datatype!r}; use one of {tensors.KNOWN}"
         )
+    field, wide_dtype = _CONTENT_FIELDS[datatype]
     values = getattr(tensor.contents, field)
-    count = int(np.prod(shape, dtype=object)) if shape else 1
+    count = math.prod(shape)
     if len(values) != count:
         raise InvalidInput(f"input '{name}': shape {list(shape)} needs {count} elements in {field}, got {len(values)}")
     if datatype == "BYTES":
         array: Array = np.empty(count, dtype=object)
         array[:] = list(values)
         return array.reshape(shape)
+    # The dtype is given: numpy would make floats of integers around 2^63.
+    wide = np.array(values, dtype=wide_dtype)
     dtype = tensors.DTYPES[datatype]
-    wide = np.array(values, dtype=np.int64 if field == "int_contents" else None)
-    if count and field in {"int_contents", "uint_contents"}:
+    if count and dtype.kind in "iu" and dtype.itemsize < 8:
         info = np.iinfo(dtype)
         if int(wide.min()) < info.min or int(wide.max()) > info.max:
             raise InvalidInput(f"input '{name}': data does not fit {datatype} ({info.min} to {info.max})")
@@ -203,16 +208,17 @@ def decode_rest(model_name: str, body: bytes, header_length: bytes | None) -> In
     return InferRequest(model_name, identifier, arrays, outputs, is_grpc=False, binary=wants_binary)
 
 
-def _split_body(body: bytes, header_length: bytes | None) -> tuple[bytes, memoryview]:
+def _split_body(body: bytes, header_length: bytes | None) -> tuple[bytes, memoryview[int]]:
     if header_length is None:
         return body, memoryview(b"")
-    if not header_length.isdigit() or int(header_length) > len(body):
+    # No number of bytes takes more digits, and `int` refuses thousands of them in a way of its own.
+    if not header_length.isdigit() or len(header_length) > 18 or int(header_length) > len(body):
         raise InvalidInput("Inference-Header-Content-Length must be the number of JSON bytes at the body's start")
     length = int(header_length)
     return body[:length], memoryview(body)[length:]
 
 
-def _read_input(entry: Any, binary: memoryview, at: int) -> tuple[str, Array, int]:
+def _read_input(entry: Any, binary: memoryview[int], at: int) -> tuple[str, Array, int]:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise InvalidInput("every input must be an object with a 'name'")
     name, shape, datatype = entry["name"], entry.get("shape"), entry.get("datatype")
@@ -231,12 +237,13 @@ def _read_input(entry: Any, binary: memoryview, at: int) -> tuple[str, Array, in
     if type(size) is not int or size < 0 or at + size > len(binary):
         raise InvalidInput(f"input '{name}': binary_data_size {size!r} does not fit the {len(binary) - at} bytes left")
     shape = tensors.check_shape(name, shape)
-    return name, tensors.from_raw(name, datatype, shape, binary[at : at + size]), at + size
+    # A copy: where the JSON ended says nothing about alignment, and frameworks get a pointer.
+    return name, tensors.from_raw(name, datatype, shape, bytes(binary[at : at + size])), at + size
 
 
 def _read_outputs(value: dict[str, Any]) -> tuple[tuple[str, ...], Mapping[str, bool] | bool]:
     parameters = value.get("parameters")
-    everything = bool(parameters.get("binary_data_output", False)) if isinstance(parameters, dict) else False
+    everything = isinstance(parameters, dict) and parameters.get("binary_data_output") is True
     entries = value.get("outputs")
     if not entries:
         return (), everything
@@ -250,7 +257,7 @@ def _read_outputs(value: dict[str, Any]) -> tuple[tuple[str, ...], Mapping[str, 
         name = entry["name"]
         if name in binary:
             raise InvalidInput(f"output '{name}' is asked for twice")
-        binary[name] = bool(own.get("binary_data", everything)) if isinstance(own, dict) else everything
+        binary[name] = own.get("binary_data", everything) is True if isinstance(own, dict) else everything
     return tuple(binary), binary
 
 
@@ -264,7 +271,10 @@ _BINARY_HEAD = (
 def encode_rest(
     model_name: str, model_version: str, request: InferRequest, outputs: Mapping[str, Array], headers: bytes = b""
 ) -> bytes:
-    """A whole HTTP/1.1 answer: JSON, followed by the binary tensors that were asked for."""
+    """A whole HTTP/1.1 answer: JSON, followed by the binary tensors that were asked for.
+
+    In JSON a NaN is null. Raises `InvalidInput` for outputs JSON cannot carry, `TypeError` for those OIP cannot.
+    """
     entries: list[dict[str, Any]] = []
     raws: list[bytes] = []
     binary = request.binary
@@ -284,7 +294,12 @@ def encode_rest(
     value: dict[str, Any] = {"model_name": model_name, "model_version": model_version, "outputs": entries}
     if request.id:
         value["id"] = request.id
-    head = orjson.dumps(value)
+    head = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    # Cheaper than to look at every number: without this word there is neither NaN nor infinity.
+    if b"null" in head:
+        for entry in entries:
+            if "data" in entry:
+                tensors.check_json(entry["name"], outputs[entry["name"]])
     if not raws:
         return _JSON_HEAD % (headers, len(head)) + head
     size = len(head) + sum(map(len, raws))
@@ -295,7 +310,7 @@ def error_answer(error: RequestError, *, is_grpc: bool) -> bytes:
     """A whole HTTP/1.1 answer that carries `error`, in the protocol the request came in."""
     if is_grpc:
         return grpc_http1.error_answer(error)
-    body = orjson.dumps({"error": error.message})
+    body = orjson.dumps({"error": error.message[:_MESSAGE_MAX]})
     extra = b"x-raymesh-reason: %b\r\n" % error.reason.encode() if error.reason else b""
     if error.retry_after_s:
         extra += b"retry-after: %d\r\n" % max(1, round(error.retry_after_s))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,13 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "FP64": np.dtype("<f8"),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BOOL = DTYPES["BOOL"]
 KNOWN = "BOOL, UINT8-64, INT8-64, FP16, BF16, FP32, FP64, BYTES"
 
-#: No tensor may claim more elements than this, whatever its dimensions multiply to.
+#: No tensor may claim more elements than this, nor any of its dimensions, be it beside a 0.
 ELEMENTS_MAX = 2**31
+#: Fewer than numpy's own 64, and few enough that their product cannot take long.
+DIMS_MAX = 32
 
 
 def datatype_of(array: Array) -> str:
@@ -55,42 +59,48 @@ def datatype_of(array: Array) -> str:
 
 
 def check_shape(name: str, shape: Sequence[Any]) -> tuple[int, ...]:
-    """`shape` as a tuple, when it is one of non-negative integers with a sane product."""
+    """`shape` as a tuple, when it is one of non-negative integers with a sane product. Raises `InvalidInput`."""
+    if len(shape) > DIMS_MAX:
+        raise InvalidInput(f"input '{name}': shape has {len(shape)} dimensions, at most {DIMS_MAX} are possible")
     for dim in shape:
         if type(dim) is not int or dim < 0:
             raise InvalidInput(f"input '{name}': shape {list(shape)!r} must hold non-negative integers only")
     # Overflow cannot happen in Python; a bound still must, before numpy allocates.
-    if math.prod(shape) > ELEMENTS_MAX:
+    if max(math.prod(shape), *shape, 0) > ELEMENTS_MAX:
         raise InvalidInput(f"input '{name}': shape {list(shape)} has more than {ELEMENTS_MAX} elements")
     return tuple(shape)
 
 
-def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Array:
-    """The tensor in its binary form. The result may be read-only and share `raw`'s memory."""
+def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> Array:
+    """The tensor in its binary form. The result may be read-only and share `raw`'s memory.
+
+    Raises `InvalidInput` naming the input.
+    """
     dtype = DTYPES.get(datatype)
     if dtype is not None:
-        dims = tuple(shape)
         try:
             array = np.frombuffer(raw, dtype)
-            if len(dims) == 1 and dims[0] == array.size:
+            if dtype is _BOOL and raw and max(raw) > 1:
+                raise InvalidInput(f"input '{name}': a BOOL is a byte 0 or 1, got {max(raw)}")
+            if len(shape) == 1 and shape[0] == array.size:
                 return array
-            if min(dims, default=0) >= 0:
-                return array.reshape(dims)
-        except ValueError:
+            if min(shape, default=0) >= 0:
+                return array.reshape(tuple(shape))
+        except (ValueError, OverflowError):
             pass
-        dims = check_shape(name, list(dims))
+        dims = check_shape(name, list(shape))
         raise InvalidInput(
             f"input '{name}': shape {list(dims)} of {datatype} needs {math.prod(dims) * dtype.itemsize} bytes,"
             f" got {len(raw)}"
         )
-    dims = check_shape(name, shape)
+    dims = check_shape(name, list(shape))
     count = math.prod(dims)
     if datatype == "BF16":
         if len(raw) != 2 * count:
             raise InvalidInput(f"input '{name}': shape {list(dims)} of BF16 needs {2 * count} bytes, got {len(raw)}")
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4").reshape(dims)
     if datatype == "BYTES":
-        return _split_bytes(name, count, bytes(raw)).reshape(dims)
+        return _split_bytes(name, count, raw).reshape(dims)
     raise InvalidInput(f"input '{name}': unknown datatype {datatype!r}; use one of {KNOWN}")
 
 
@@ -115,85 +125,108 @@ def _split_bytes(name: str, count: int, raw: bytes) -> Array:
 
 
 def to_raw(array: Array) -> bytes:
-    """An array in its binary form."""
+    """An array in its binary form. Raises `TypeError` for objects that are neither text nor bytes."""
     if array.dtype.kind in "OSU":
         parts: list[bytes] = []
         for element in array.ravel():
-            data = element.encode() if isinstance(element, str) else bytes(element)
+            data = _as_bytes(element)
             parts += (struct.pack("<I", len(data)), data)
         return b"".join(parts)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("<"))
     return array.tobytes()
 
 
+def _as_bytes(element: Any) -> bytes:
+    if isinstance(element, bytes):
+        return element
+    if isinstance(element, str):
+        return element.encode()
+    # Not `bytes(element)`: of a number that is as many zeros.
+    raise TypeError(f"no OIP datatype for an array with elements of type {type(element).__name__}")
+
+
 def from_json(name: str, datatype: str, shape: Sequence[Any], data: Any) -> Array:
-    """The tensor in its JSON form: `data` nested or flat, row major."""
+    """The tensor in its JSON form: `data` nested or flat, row major. In floating point types null is NaN.
+
+    Raises `InvalidInput` naming the input.
+    """
     dims = check_shape(name, shape)
     if not isinstance(data, list):
         raise InvalidInput(f"input '{name}': data must be a JSON array")
+    flat = _flatten(name, data)
     count = math.prod(dims)
+    if len(flat) != count:
+        raise InvalidInput(f"input '{name}': shape {list(dims)} needs {count} elements, data has {len(flat)}")
+    kinds = set(map(type, flat))
     if datatype == "BYTES":
-        flat = _flatten(name, data)
-        if not all(isinstance(item, str) for item in flat):
+        if not kinds <= {str}:
             raise InvalidInput(f"input '{name}': BYTES data must be JSON strings")
-        array: Array = np.empty(len(flat), dtype=object)
+        array: Array = np.empty(count, dtype=object)
         array[:] = [item.encode() for item in flat]
     else:
-        array = _numbers(name, datatype, data)
-    if array.size != count:
-        raise InvalidInput(f"input '{name}': shape {list(dims)} needs {count} elements, data has {array.size}")
+        array = _numbers(name, datatype, flat, kinds)
     return array.reshape(dims)
 
 
-def _flatten(name: str, data: list[Any], depth: int = 0) -> list[Any]:
-    if depth > 32:
-        raise InvalidInput(f"input '{name}': data is nested more than 32 deep")
-    flat: list[Any] = []
-    for item in data:
-        if isinstance(item, list):
-            flat += _flatten(name, item, depth + 1)
-        else:
-            flat.append(item)
-    return flat
+def _flatten(name: str, data: list[Any]) -> list[Any]:
+    """`data` without its nesting, which must be that of a tensor."""
+    for _ in range(DIMS_MAX):
+        if not data or type(data[0]) is not list:
+            return data
+        if set(map(type, data)) != {list} or len(set(map(len, data))) != 1:
+            raise InvalidInput(f"input '{name}': data is ragged: rows differ in length or depth")
+        data = list(chain.from_iterable(data))
+    raise InvalidInput(f"input '{name}': data is nested more than {DIMS_MAX} deep")
 
 
-def _numbers(name: str, datatype: str, data: list[Any]) -> Array:
+def _numbers(name: str, datatype: str, flat: list[Any], kinds: set[type]) -> Array:
+    # Types are looked at before numpy sees the data: left to itself it would read texts as numbers, pad them to the
+    # longest one, and make a float of large integers.
     target = np.dtype("<f4") if datatype == "BF16" else DTYPES.get(datatype)
     if target is None:
         raise InvalidInput(f"input '{name}': unknown datatype {datatype!r}; use one of {KNOWN}")
-    if not data:
-        return np.empty(0, dtype=target)
-    try:
-        array = np.asarray(data)
-    except (ValueError, OverflowError):
-        raise InvalidInput(f"input '{name}': data is ragged: rows differ in length") from None
-    kind = array.dtype.kind
-    if array.size == 0:
-        return np.empty(0, dtype=target)
     if target.kind == "b":
-        if kind != "b":
+        if not kinds <= {bool}:
             raise InvalidInput(f"input '{name}': BOOL data must be true or false")
-        return array
+        return np.array(flat, dtype=target)
     if target.kind == "f":
-        if kind not in "iuf":
-            raise InvalidInput(f"input '{name}': {datatype} data must be numbers")
-        return array.astype(target)
-    if kind not in "iu":
-        # Large unsigned beside negative numbers, or a float: neither is this integer type.
+        if not kinds <= {float, int, type(None)}:
+            raise InvalidInput(f"input '{name}': {datatype} data must be numbers (or null for NaN)")
+        try:
+            with np.errstate(over="raise"):
+                return np.array(flat, dtype=target)
+        except FloatingPointError:
+            raise InvalidInput(f"input '{name}': data does not fit {datatype}") from None
+    if not kinds <= {int}:
         raise InvalidInput(f"input '{name}': {datatype} data must be integers")
     info = np.iinfo(target)
-    if int(array.min()) < info.min or int(array.max()) > info.max:
+    if flat and (min(flat) < info.min or max(flat) > info.max):
         raise InvalidInput(f"input '{name}': data does not fit {datatype} ({info.min} to {info.max})")
-    return array.astype(target)
+    return np.array(flat, dtype=target)
 
 
-def to_json(name: str, array: Array) -> list[Any]:
-    """An array as flat JSON data. Raises `InvalidInput` for bytes that are not UTF-8."""
+def to_json(name: str, array: Array) -> list[Any] | Array:
+    """An array as flat data that orjson can write with ``OPT_SERIALIZE_NUMPY``.
+
+    It writes NaN as null, and infinities too: see `check_json`. Raises `InvalidInput` for bytes that are not UTF-8,
+    `TypeError` for dtypes OIP has no word for.
+    """
     if array.dtype.kind in "OSU":
         try:
-            return [e if isinstance(e, str) else bytes(e).decode() for e in array.ravel()]
+            return [_as_bytes(e).decode() for e in array.ravel()]
         except UnicodeDecodeError:
-            raise InvalidInput(
-                f"output '{name}' is not UTF-8 text; ask for it as binary (parameters.binary_data true)"
-            ) from None
-    flat: list[Any] = array.ravel().tolist()
-    return flat
+            raise _needs_binary(name, "not UTF-8 text") from None
+    flat = array.ravel()
+    # orjson writes the shortest digits of a float32, a list would hold those of the float64; float16 it may not know.
+    return flat if flat.dtype.isnative and flat.dtype.itemsize != 2 else flat.tolist()
+
+
+def check_json(name: str, array: Array) -> None:
+    """Raises `InvalidInput` when JSON cannot carry the array faithfully: null stands for NaN, nothing for infinity."""
+    if array.dtype.kind == "f" and np.isinf(array).any():
+        raise _needs_binary(name, "infinite in places, which JSON cannot say")
+
+
+def _needs_binary(name: str, why: str) -> InvalidInput:
+    return InvalidInput(f"output '{name}' is {why}; ask for it as binary (parameters.binary_data true)")

@@ -156,7 +156,10 @@ class _Peer(asyncio.Protocol):
             del buffer[: end + 4]
         self._head_end = end
         body = end + 4
-        if buffer[9:12] in (b"204", b"304"):
+        status = bytes(buffer[9:12])
+        if not status.isdigit():
+            raise ValueError("no status")
+        if status in (b"204", b"304"):
             self._end = body
             return True
         for line in bytes(buffer[:end]).split(b"\r\n")[1:]:
@@ -237,7 +240,7 @@ class Upstreams:
     async def call(self, address: str, method: str, path: str, body: Any = None, *, timeout_s: float) -> dict[str, Any]:
         """A control call with JSON in and out.
 
-        Raises the `RequestError` the peer answered with, `Unavailable` when the peer is gone, and a
+        Raises the `RequestError` the peer answered with, `Unavailable` when the peer is gone or talks nonsense, and a
         DEADLINE_EXCEEDED `RequestError` after `timeout_s`.
         """
         content = b"" if body is None else orjson.dumps(body)
@@ -288,13 +291,13 @@ class Upstreams:
 
 def _read_error(value: Any) -> RequestError:
     """The error in a control answer. Raises what its conversions raise when there is none."""
-    code = Code(value.get("code", Code.INTERNAL)) if isinstance(value, dict) else Code.INTERNAL
-    fields: dict[str, Any] = value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        raise TypeError("not an object")
     return RequestError(
-        code if code is not Code.OK else Code.INTERNAL,
-        str(fields.get("error", "")),
-        reason=str(fields.get("reason", "")),
-        retry_after_s=float(fields.get("retry_after_s", 0.0)),
+        Code(value.get("code", Code.INTERNAL)) or Code.INTERNAL,
+        str(value.get("error", "")),
+        reason=str(value.get("reason", "")),
+        retry_after_s=float(value.get("retry_after_s", 0.0)),
     )
 
 

@@ -93,7 +93,10 @@ class OnnxFramework:
         source = find_model_file(path, SUFFIXES, _WHAT)
         try:
             session = onnxruntime.InferenceSession(
-                str(source), _session_options(source, options.threads), providers=["CPUExecutionProvider"]
+                str(source),
+                _session_options(source, options.threads),
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,  # it would print to stdout and try a second time
             )
             return OnnxModel(session)
         except LoadFailed:

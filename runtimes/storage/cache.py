@@ -233,8 +233,8 @@ class DiskCache:
             "name": artifact.path.name,
             "size_bytes": artifact.size_bytes,
         }
-        # In place, under the URI's lock: half an entry does not parse, which only costs a fetch. New names are what takes
-        # time here (a file system journals them), so there is no temporary file.
+        # In place, under the URI's lock: half an entry does not parse, which only costs a fetch. New names are what
+        # takes time here (a file system journals them), so there is no temporary file.
         with open(self._at("index", _name_of(uri)), "w") as writer:
             json.dump(entry, writer)
 
