@@ -16,13 +16,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launching import Mesh, started_mesh
 from rich.console import Console
 from rich.table import Table
 
 import h2load
 import measures
 from catalogue import Order, Recipe, TrainedModel, train_catalogue
+from launching import Mesh, started_mesh
 from measures import Finding, Outcome
 from report import Machine
 

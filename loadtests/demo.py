@@ -21,13 +21,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
-from launching import Mesh, started_mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from catalogue import Order, Recipe, TrainedModel, train_catalogue
 from client_process import PROTOCOLS, Assignment, Begin, Stop, Use, run_client
+from launching import Mesh, started_mesh
 from raymesh.mesh.client import Client, MeshError, ModelSpec
 from raymesh.runtimes.errors import Code
 from recorder import Recorder, Requests, Temperature, percentile
@@ -39,6 +39,8 @@ ROOT = Path(__file__).parents[1]
 LOADED_BYTES_PER_FILE_BYTE = {"xgboost": 1.25, "sklearn": 0.27, "onnx": 59.0}
 #: Share of the models that fits in the mesh's memory.
 FITTING_SHARE = 1 / 3
+#: A runtime with less than a few MiB may find no room for its first load, which imports the library as well.
+MEMORY_BYTES_MIN = 12 * 1024**2
 #: Share of the customers that is added during the traffic; the same again is retrained, and removed.
 CHURN_SHARE = 0.05
 #: A caller that hears nothing for this long ends the demo: it should have been told something.
@@ -136,9 +138,9 @@ def progress_bar() -> Progress:
 
 
 def memory_for_a_share(models: list[TrainedModel]) -> int:
-    """Bytes that hold about `FITTING_SHARE` of `models` when loaded."""
+    """Bytes that hold about `FITTING_SHARE` of `models` when loaded, and no less than `MEMORY_BYTES_MIN`."""
     loaded = sum(model.path.stat().st_size * LOADED_BYTES_PER_FILE_BYTE[model.type] for model in models)
-    return int(loaded * FITTING_SHARE)
+    return max(MEMORY_BYTES_MIN, int(loaded * FITTING_SHARE))
 
 
 def run(mesh: Mesh, options: argparse.Namespace, models: dict[Order, TrainedModel], changes: list[Change]) -> Result:

@@ -64,7 +64,7 @@ def decode(name: str, datatype: str, shape: Sequence[int], data: bytes | memoryv
     BF16 becomes ``ml_dtypes.bfloat16`` where that package is installed, else float32 with the same values.
     """
     try:
-        array = tensors.from_raw(name, datatype, tuple(shape), data)
+        array = tensors.from_raw(name, datatype, tuple(shape), bytes(data))
     except InvalidInput as error:
         raise TensorError(_of_answer(error)) from None
     if datatype == "BF16":

@@ -149,10 +149,6 @@ class Batcher:
         copy.enter()
         self._schedule(copy)
 
-    def close(self) -> None:
-        """Drop the workers; what they still compute is answered as failed or not at all."""
-        self._workers.shutdown(wait=False, cancel_futures=True)
-
     def _schedule(self, copy: Copy) -> None:
         self._ready[copy] = None
         if not self._is_scheduled:

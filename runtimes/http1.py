@@ -201,11 +201,16 @@ class _Connection(asyncio.Protocol):
             return
         request = self._request
         parser = self._parser
+        is_upgrade = parser.should_upgrade()
+        if is_upgrade and (b"content-length" in request.headers or b"transfer-encoding" in request.headers):
+            # The parser takes the body for the other protocol's bytes.
+            self._refuse(RequestError(Code.UNIMPLEMENTED, "protocol upgrades are not supported"))
+            return
         request.method = parser.get_method()
         chunks = self._chunks
         request.body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._chunks = []
-        if not parser.should_keep_alive() or parser.should_upgrade():
+        if is_upgrade or not parser.should_keep_alive():
             request.is_last = self._is_deaf = True
         waiting = self._waiting
         waiting.append(request)
@@ -289,9 +294,6 @@ class _Connection(asyncio.Protocol):
         """Close after the last answer, but not before the peer had time to read it."""
         transport = self._transport
         if transport is None:
-            return
-        if not self._refusal:
-            transport.close()
             return
         self._is_full = self._is_clogged = False
         self._set_reading()

@@ -6,6 +6,7 @@ Serve runs a replica's own calls on its loops; ours must not wait behind them, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -25,7 +26,10 @@ class LoopThread:
 
     def _main(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
         """Run `work` on the loop from another thread and wait for it. Raises `TimeoutError` and cancels it."""
@@ -39,7 +43,7 @@ class LoopThread:
     def check(self, timeout_s: float) -> None:
         """Raises `RuntimeError` unless the loop answers within `timeout_s`."""
         answered = threading.Event()
-        if self._thread.is_alive():
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(answered.set)
         if not answered.wait(timeout_s):
             raise RuntimeError(f"the event loop of {self._thread.name} does not answer")

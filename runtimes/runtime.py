@@ -21,8 +21,8 @@ from raymesh.registry.store import Store
 from raymesh.registry.view import Change, MeshView
 from raymesh.runtimes.batching import Batcher
 from raymesh.runtimes.copy_cache import CopyCache
-from raymesh.runtimes.frameworks.registry import available_types
 from raymesh.runtimes.frameworks.base import LoadOptions
+from raymesh.runtimes.frameworks.registry import available_types
 from raymesh.runtimes.http1 import HttpServer
 from raymesh.runtimes.loading import Loader
 from raymesh.runtimes.server import DataServer
@@ -85,6 +85,7 @@ class Runtime:
         self._tasks: list[asyncio.Task[Any]] = []
         self._busy_mark = (time.monotonic(), time.process_time())
         self._server: HttpServer | None = None
+        self._handler: DataServer | None = None
         self._process = psutil.Process()
 
     @property
@@ -110,11 +111,15 @@ class Runtime:
             gateway=self._gateway,
             status=self.status,
         )
+        self._handler = handler
         self._server = HttpServer(handler.handle, body_bytes_max=options.message_bytes_max + 64 * 1024)
-        port = await self._server.start(options.host)
-        self._address = f"{options.host}:{port}"
-        await self._session.start(deadline_s)
-        self._publish(force=True)
+        try:
+            port = await self._server.start(options.host)
+            self._address = f"{options.host}:{port}"
+            await self._session.start(deadline_s)  # publishes the record, by `_on_epoch`
+        except BaseException:
+            await self.close()
+            raise
         self._tasks = [
             asyncio.create_task(self._keep_published(), name="publish instance"),
             asyncio.create_task(follow(self._store, self._keys.gateways, self._view, _ignore), name="follow gateways"),
@@ -130,6 +135,8 @@ class Runtime:
         await self._session.close()
         if self._server is not None:
             await self._server.close()
+        if self._handler is not None:
+            await self._handler.close()
         await self._loader.close()
         await self._upstreams.close()
         self._workers.shutdown(wait=False, cancel_futures=True)
@@ -138,6 +145,7 @@ class Runtime:
         """The runtime in numbers, for ``GET /control/status``."""
         loader, cache = self._loader, self._cache
         counters = dataclasses.asdict(loader.counters)
+        requests_before = counters.pop("requests_before")
         return {
             "instance": self._options.instance,
             "epoch": self._session.epoch,
@@ -148,7 +156,7 @@ class Runtime:
             "capacity_bytes": cache.capacity_bytes,
             "used_bytes": cache.used_bytes,
             "copies": len(loader.copies),
-            "requests": sum(c.requests for c in loader.copies.values()),
+            "requests": requests_before + sum(c.requests for c in loader.copies.values()),
             "rss_bytes": self._process.memory_info().rss,
             "lru_age_ms": cache.lru_age_ms(loader.now_ms()),
             **counters,

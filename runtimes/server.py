@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import orjson
@@ -63,8 +63,7 @@ class DataServer:
         """Answer one request, now or later."""
         headers = request.headers
         token = headers.get(_TOKEN, b"")
-        # The plain comparison is only a fast yes: a no is confirmed in constant time.
-        if token != self._token and not hmac.compare_digest(token, self._token):
+        if not hmac.compare_digest(token, self._token):
             raise RequestError(Code.UNAUTHENTICATED, "only the mesh itself may call a runtime", reason=Reason.DENIED)
         name = headers.get(_MODEL)
         if name is None:
@@ -72,7 +71,8 @@ class DataServer:
             return
         copy = self._copies.get(name)
         if copy is None or self._session.is_fenced:
-            self._spawn(self._pass_on(request))
+            task = self._spawn(self._pass_on(request))
+            request.on_left = task.cancel
             return
         is_grpc = request.target == grpc_http1.INFER_TARGET
         try:
@@ -84,10 +84,27 @@ class DataServer:
                 )
                 infer = oip.decode_grpc(message)
             else:
-                infer = oip.decode_rest(copy.id, request.body, headers.get(b"inference-header-content-length"))
+                infer = self._decode_rest(copy.id, request)
             self._batcher.submit(copy, request, infer)
         except RequestError as error:
             request.respond_raw(oip.error_answer(error, is_grpc=is_grpc))
+        except Exception:
+            log.exception("request for %s failed", copy.name)
+            request.respond_raw(oip.error_answer(RequestError(Code.INTERNAL, "internal error"), is_grpc=is_grpc))
+
+    def _decode_rest(self, model: str, request: Request) -> oip.InferRequest:
+        if not request.target.partition(b"?")[0].endswith(b"/infer"):
+            raise RequestError(Code.UNIMPLEMENTED, "a runtime answers infer calls only", reason=Reason.UNSUPPORTED)
+        body, encoding = request.body, request.headers.get(b"content-encoding", b"identity")
+        if encoding != b"identity":
+            body = grpc_http1.decompress(body, encoding, bytes_max=self._message_bytes_max)
+        return oip.decode_rest(model, body, request.headers.get(b"inference-header-content-length"))
+
+    async def close(self) -> None:
+        """Drop what is being passed on, and control calls that still wait."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # -- stale routes ------------------------------------------------------------------------------------------------
 
@@ -130,18 +147,15 @@ class DataServer:
             raise RequestError(Code.NOT_FOUND, f"no such control call: {path}", reason=Reason.UNSUPPORTED)
 
     async def _load(self, body: dict[str, Any]) -> dict[str, Any]:
-        try:
-            spec = LoadSpec(
-                tenant=body["tenant"],
-                id=body["id"],
-                type=body["type"],
-                path=body["path"],
-                key=body.get("key", ""),
-                generation=int(body["generation"]),
-                size_hint=int(body.get("size_hint", 0)),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InvalidInput(f"load: field {error} is missing or malformed") from None
+        spec = LoadSpec(
+            tenant=_text(body, "tenant"),
+            id=_text(body, "id"),
+            type=_text(body, "type"),
+            path=_text(body, "path"),
+            key=_text(body, "key", ""),
+            generation=_number(body, "generation"),
+            size_hint=_number(body, "size_hint", 0),
+        )
         outcome = await self._loader.load(spec)
         return {
             "instance": self._loader.instance,
@@ -153,7 +167,7 @@ class DataServer:
         }
 
     async def _unload(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {"unloaded": await self._loader.unload(f"{body.get('tenant')}/{body.get('id')}")}
+        return {"unloaded": await self._loader.unload(f"{_text(body, 'tenant')}/{_text(body, 'id')}")}
 
     def _metadata(self, name: str) -> dict[str, Any]:
         copy = self._copies.get(name.encode())
@@ -180,10 +194,25 @@ class DataServer:
             log.exception("control call %s failed", request.path)
             request.respond_error(RequestError(Code.INTERNAL, "internal error"))
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _text(body: dict[str, Any], field: str, default: str | None = None) -> str:
+    value = body.get(field, default)
+    if not isinstance(value, str):
+        raise InvalidInput(f"field '{field}' must be a string")
+    return value
+
+
+def _number(body: dict[str, Any], field: str, default: int | None = None) -> int:
+    value = body.get(field, default)
+    if type(value) is not int or value < 0:
+        raise InvalidInput(f"field '{field}' must be a non-negative integer")
+    return value
 
 
 def _read_body(request: Request) -> dict[str, Any]:

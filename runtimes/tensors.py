@@ -62,13 +62,16 @@ def check_shape(name: str, shape: Sequence[Any]) -> tuple[int, ...]:
     """`shape` as a tuple, when it is one of non-negative integers with a sane product. Raises `InvalidInput`."""
     if len(shape) > DIMS_MAX:
         raise InvalidInput(f"input '{name}': shape has {len(shape)} dimensions, at most {DIMS_MAX} are possible")
-    for dim in shape:
-        if type(dim) is not int or dim < 0:
-            raise InvalidInput(f"input '{name}': shape {list(shape)!r} must hold non-negative integers only")
+    dims = tuple(shape)
+    for dim in dims:
+        if type(dim) is not int or not 0 <= dim <= ELEMENTS_MAX:
+            raise InvalidInput(
+                f"input '{name}': shape {list(dims)!r} must hold non-negative integers only, up to {ELEMENTS_MAX}"
+            )
     # Overflow cannot happen in Python; a bound still must, before numpy allocates.
-    if max(math.prod(shape), *shape, 0) > ELEMENTS_MAX:
-        raise InvalidInput(f"input '{name}': shape {list(shape)} has more than {ELEMENTS_MAX} elements")
-    return tuple(shape)
+    if math.prod(dims) > ELEMENTS_MAX:
+        raise InvalidInput(f"input '{name}': shape {list(dims)} has more than {ELEMENTS_MAX} elements")
+    return dims
 
 
 def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> Array:
@@ -76,25 +79,17 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> Arra
 
     Raises `InvalidInput` naming the input.
     """
+    dims = check_shape(name, shape)
+    count = math.prod(dims)
     dtype = DTYPES.get(datatype)
     if dtype is not None:
-        try:
-            array = np.frombuffer(raw, dtype)
-            if dtype is _BOOL and raw and max(raw) > 1:
-                raise InvalidInput(f"input '{name}': a BOOL is a byte 0 or 1, got {max(raw)}")
-            if len(shape) == 1 and shape[0] == array.size:
-                return array
-            if min(shape, default=0) >= 0:
-                return array.reshape(tuple(shape))
-        except (ValueError, OverflowError):
-            pass
-        dims = check_shape(name, list(shape))
-        raise InvalidInput(
-            f"input '{name}': shape {list(dims)} of {datatype} needs {math.prod(dims) * dtype.itemsize} bytes,"
-            f" got {len(raw)}"
-        )
-    dims = check_shape(name, list(shape))
-    count = math.prod(dims)
+        if len(raw) != count * dtype.itemsize:
+            raise InvalidInput(
+                f"input '{name}': shape {list(dims)} of {datatype} needs {count * dtype.itemsize} bytes, got {len(raw)}"
+            )
+        if dtype is _BOOL and count and max(raw) > 1:
+            raise InvalidInput(f"input '{name}': a BOOL is a byte 0 or 1, got {max(raw)}")
+        return np.frombuffer(raw, dtype).reshape(dims)
     if datatype == "BF16":
         if len(raw) != 2 * count:
             raise InvalidInput(f"input '{name}': shape {list(dims)} of BF16 needs {2 * count} bytes, got {len(raw)}")
@@ -196,7 +191,7 @@ def _numbers(name: str, datatype: str, flat: list[Any], kinds: set[type]) -> Arr
         try:
             with np.errstate(over="raise"):
                 return np.array(flat, dtype=target)
-        except FloatingPointError:
+        except (FloatingPointError, OverflowError):
             raise InvalidInput(f"input '{name}': data does not fit {datatype}") from None
     if not kinds <= {int}:
         raise InvalidInput(f"input '{name}': {datatype} data must be integers")
