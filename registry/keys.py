@@ -13,7 +13,7 @@ DEFAULT_TENANT = "default"
 
 
 def is_valid_id(text: str) -> bool:
-    """Whether `text` may name a tenant, a model or an instance."""
+    """Whether `text` may name a tenant, a model, a vmodel or an instance."""
     return ID_PATTERN.fullmatch(text) is not None
 
 
@@ -38,6 +38,7 @@ class Keys:
             raise ValueError(f"mesh name {mesh!r}: use {ID_RULE}")
         self.prefix = f"/raymesh/{mesh}/"
         self.models = self.prefix + "models/"
+        self.vmodels = self.prefix + "vmodels/"
         self.instances = self.prefix + "instances/"
         self.copies = self.prefix + "copies/"
         self.gateways = self.prefix + "gateways/"
@@ -46,6 +47,10 @@ class Keys:
     def model(self, tenant: str, model: str) -> str:
         """The key of a model's record."""
         return f"{self.models}{tenant}/{model}"
+
+    def vmodel(self, tenant: str, vmodel: str) -> str:
+        """The key of a vmodel's record."""
+        return f"{self.vmodels}{tenant}/{vmodel}"
 
     def instance(self, instance: str) -> str:
         """The key of an instance's record."""

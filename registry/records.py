@@ -118,7 +118,10 @@ class ModelRecord(_Record):
     size_bytes: int = 0
     last_used_ms: int = 0
     failures: tuple[LoadFailure, ...] = ()
+    #: How many vmodels have it as their active model or as their target (one that has it as both counts once).
     refs: int = 0
+    #: Created by a vmodel and to be deleted with the last of its `refs`.
+    auto_delete: bool = False
 
     @property
     def name(self) -> str:
@@ -133,6 +136,41 @@ class ModelRecord(_Record):
     def _from_fields(cls, fields: dict[str, Any], extra: dict[str, Any]) -> Self:
         failures = tuple(LoadFailure.from_fields(f) for f in fields.pop("failures", ()))
         return cls(**fields, failures=failures, extra=extra)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class VModelRecord(_Record):
+    """One vmodel, a mutable alias of models of its tenant: ``vmodels/<tenant>/<id>``.
+
+    `active` is the id of the model that answers. `target` is the same, or, in a transition, the id of the model that is
+    to take over as soon as it is loaded. `failure` says why it could not be loaded ("": it was not tried, or is being),
+    `retry_at_ms` (milliseconds since the Unix epoch) from when on it is tried again. `owner` is "" for nobody's.
+    """
+
+    tenant: str
+    id: str
+    active: str
+    target: str
+    owner: str = ""
+    #: The target is to be loaded even if the active model is not.
+    loads_target: bool = False
+    failure: str = ""
+    retry_at_ms: int = 0
+
+    @property
+    def name(self) -> str:
+        """The vmodel's full name, ``tenant/id``."""
+        return f"{self.tenant}/{self.id}"
+
+    @property
+    def active_name(self) -> str:
+        """The full name of the active model."""
+        return f"{self.tenant}/{self.active}"
+
+    @property
+    def target_name(self) -> str:
+        """The full name of the target model."""
+        return f"{self.tenant}/{self.target}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,11 +19,14 @@ from raymesh.registry.records import (
     LeaderRecord,
     ModelRecord,
     RecordError,
+    VModelRecord,
 )
 from raymesh.registry.store import Event, KeyValue, Listing
 
 R = TypeVar("R")
-RecordT = TypeVar("RecordT", ModelRecord, InstanceRecord, CopyRecord, GatewayRecord, LeaderRecord)
+RecordT = TypeVar(
+    "RecordT", ModelRecord, VModelRecord, InstanceRecord, CopyRecord, GatewayRecord, LeaderRecord
+)
 
 
 class Entry(NamedTuple, Generic[R]):
@@ -39,6 +42,7 @@ class Entry(NamedTuple, Generic[R]):
 
 
 ModelEntry = Entry[ModelRecord]
+VModelEntry = Entry[VModelRecord]
 InstanceEntry = Entry[InstanceRecord]
 CopyEntry = Entry[CopyRecord]
 GatewayEntry = Entry[GatewayRecord]
@@ -58,6 +62,21 @@ class ModelDeleted(NamedTuple):
 
     name: str
     old: ModelEntry
+
+
+class VModelPut(NamedTuple):
+    """A vmodel appeared (`old` is None) or changed; `name` is ``tenant/id``."""
+
+    name: str
+    old: VModelEntry | None
+    new: VModelEntry
+
+
+class VModelDeleted(NamedTuple):
+    """A vmodel is no more."""
+
+    name: str
+    old: VModelEntry
 
 
 class InstancePut(NamedTuple):
@@ -115,7 +134,17 @@ class LeaderChanged(NamedTuple):
 
 
 Change = (
-    ModelPut | ModelDeleted | InstancePut | InstanceGone | CopyPut | CopyGone | GatewayPut | GatewayGone | LeaderChanged
+    ModelPut
+    | ModelDeleted
+    | VModelPut
+    | VModelDeleted
+    | InstancePut
+    | InstanceGone
+    | CopyPut
+    | CopyGone
+    | GatewayPut
+    | GatewayGone
+    | LeaderChanged
 )
 
 _NO_COPIES: Mapping[str, CopyEntry] = MappingProxyType({})
@@ -136,6 +165,8 @@ class MeshView:
         self.garbage_total = 0
         #: Registered models by full name (``tenant/id``).
         self.models: dict[str, ModelEntry] = {}
+        #: Vmodels by full name (``tenant/id``).
+        self.vmodels: dict[str, VModelEntry] = {}
         #: Live instances by id.
         self.instances: dict[str, InstanceEntry] = {}
         #: Live gateways by id.
@@ -145,6 +176,8 @@ class MeshView:
         # Copies twice, by model and by instance: every decision asks both ways. Never an empty inner dict.
         self._by_model: dict[str, dict[str, CopyEntry]] = {}
         self._by_instance: dict[str, dict[str, CopyEntry]] = {}
+        # Full names of the vmodels that have a model as active or target, by its full name. Never an empty inner set.
+        self._vmodels_by_model: dict[str, set[str]] = {}
         # The mod revision of every key of ours in the store, garbage and unknown kinds included: what a re-list is
         # compared with.
         self._mod_revisions: dict[str, int] = {}
@@ -171,6 +204,10 @@ class MeshView:
     def copies_on(self, instance: str) -> Mapping[str, CopyEntry]:
         """The copies on `instance` in any state and of any generation, by model name. Do not keep or change it."""
         return self._by_instance.get(instance, _NO_COPIES)
+
+    def vmodels_of(self, name: str) -> tuple[str, ...]:
+        """Full names, in order, of the vmodels that have model `name` as their active model or as their target."""
+        return tuple(sorted(self._vmodels_by_model.get(name, ())))
 
     def loaded_on(self, name: str) -> tuple[str, ...]:
         """Ids of the live instances where model `name` can be used: copy loaded, for the model's present generation."""
@@ -233,6 +270,8 @@ class MeshView:
             self._apply_copy(event, changes)
         elif key.startswith(keys.models):
             self._apply_model(event, changes)
+        elif key.startswith(keys.vmodels):
+            self._apply_vmodel(event, changes)
         elif key.startswith(keys.instances):
             self._apply_instance(event, changes)
         elif key.startswith(keys.gateways):
@@ -252,6 +291,24 @@ class MeshView:
         if new:
             self.models[name] = new
             changes.append(ModelPut(name, old, new))
+
+    def _apply_vmodel(self, event: Event, changes: list[Change]) -> None:
+        name = event.kv.key.removeprefix(self.keys.vmodels)
+        new = self._read(event, VModelRecord, lambda record: record.name == name)
+        old = self.vmodels.pop(name, None) if new is None else self.vmodels.get(name)
+        if old:
+            for model in {old.record.active_name, old.record.target_name}:
+                vmodels = self._vmodels_by_model[model]
+                vmodels.discard(name)
+                if not vmodels:
+                    del self._vmodels_by_model[model]
+        if new:
+            self.vmodels[name] = new
+            for model in {new.record.active_name, new.record.target_name}:
+                self._vmodels_by_model.setdefault(model, set()).add(name)
+            changes.append(VModelPut(name, old, new))
+        elif old:
+            changes.append(VModelDeleted(name, old))
 
     def _apply_instance(self, event: Event, changes: list[Change]) -> None:
         name = event.kv.key.removeprefix(self.keys.instances)

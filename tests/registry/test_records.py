@@ -23,9 +23,10 @@ from raymesh.registry.records import (
     LoadFailure,
     ModelRecord,
     RecordError,
+    VModelRecord,
 )
 
-KINDS = [ModelRecord, InstanceRecord, CopyRecord, GatewayRecord, LeaderRecord]
+KINDS = [ModelRecord, VModelRecord, InstanceRecord, CopyRecord, GatewayRecord, LeaderRecord]
 
 numbers = st.integers(0, 2**53)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymesh.registry.keys import Keys
-from raymesh.registry.records import CopyRecord, CopyState, GatewayRecord, InstanceRecord, LeaderRecord, ModelRecord
+from raymesh.registry.records import (
+    CopyRecord,
+    CopyState,
+    GatewayRecord,
+    InstanceRecord,
+    LeaderRecord,
+    ModelRecord,
+    VModelRecord,
+)
 from raymesh.registry.store import Event, KeyValue, Listing
 from raymesh.registry.view import (
     CopyGone,
@@ -21,6 +29,8 @@ from raymesh.registry.view import (
     MeshView,
     ModelDeleted,
     ModelPut,
+    VModelDeleted,
+    VModelPut,
 )
 
 KEYS = Keys("m")
@@ -32,6 +42,8 @@ def value_for(key: str, number: int) -> bytes:
     last = key.rpartition("/")[2]
     if key.startswith(KEYS.models):
         return ModelRecord(tenant="t", id=last, type="x", path="p", size_bytes=number).encode()
+    if key.startswith(KEYS.vmodels):
+        return VModelRecord(tenant="t", id=last, active="ab"[number % 2], target="ab"[number // 2 % 2]).encode()
     if key.startswith(KEYS.instances):
         return InstanceRecord(id=last, address="h:1", pool="cpu", epoch=number).encode()
     if key.startswith(KEYS.copies):
@@ -44,6 +56,7 @@ def value_for(key: str, number: int) -> bytes:
 
 ALL_KEYS = [
     *(KEYS.model("t", name[2:]) for name in MODELS),
+    *(KEYS.vmodel("t", vmodel) for vmodel in "av"),
     *map(KEYS.instance, INSTANCES),
     *(KEYS.copy("t", name[2:], instance) for name in MODELS for instance in INSTANCES),
     KEYS.gateway("g"),
@@ -89,7 +102,11 @@ def tables(view: MeshView) -> Any:
     copies = {(name, i): copy for name in MODELS for i, copy in view.copies_of(name).items()}
     other_way = {(name, i): copy for i in INSTANCES for name, copy in view.copies_on(i).items()}
     assert copies == other_way and len(copies) == view.copies_total
-    return view.models, view.instances, copies, view.gateways, view.leader
+    for name in MODELS:
+        records = {vmodel: entry.record for vmodel, entry in view.vmodels.items()}
+        users = [v for v, record in records.items() if name in {record.active_name, record.target_name}]
+        assert view.vmodels_of(name) == tuple(sorted(users))
+    return view.models, view.vmodels, view.instances, copies, view.gateways, view.leader
 
 
 def fresh(twin: Twin) -> MeshView:
@@ -103,6 +120,7 @@ class Mirror:
 
     def __init__(self) -> None:
         self.models: dict[str, Any] = {}
+        self.vmodels: dict[str, Any] = {}
         self.instances: dict[str, Any] = {}
         self.copies: dict[tuple[str, str], Any] = {}
         self.gateways: dict[str, Any] = {}
@@ -117,6 +135,11 @@ class Mirror:
                     self.models[name] = new
                 case ModelDeleted(name, old):
                     assert self.models.pop(name) == old
+                case VModelPut(name, old, new):
+                    assert self.vmodels.get(name) == old
+                    self.vmodels[name] = new
+                case VModelDeleted(name, old):
+                    assert self.vmodels.pop(name) == old
                 case InstancePut(name, old, new):
                     assert self.instances.get(name) == old
                     self.instances[name] = new
@@ -139,7 +162,7 @@ class Mirror:
                     raise AssertionError(change)
 
     def tables(self) -> Any:
-        return self.models, self.instances, self.copies, self.gateways, self.leader
+        return self.models, self.vmodels, self.instances, self.copies, self.gateways, self.leader
 
 
 @given(history=txns)
