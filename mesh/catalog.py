@@ -12,13 +12,14 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 from raymesh.mesh.fresh_copies import FreshCopies, Placed
 from raymesh.mesh.model_status import ModelStatus, is_ready, status_of
 from raymesh.mesh.registrar import Registrar
 from raymesh.registry.keys import is_valid_id
 from raymesh.registry.records import InstanceRecord, ModelRecord, RecordError
-from raymesh.registry.store import Compare, Delete, KeyValue, RegistryError, RegistryReadOnly, Store
+from raymesh.registry.store import Compare, Delete, Get, KeyValue, Put, RegistryError, RegistryReadOnly, Store
 from raymesh.registry.view import Change, Entry, MeshView, ModelDeleted, ModelEntry, ModelPut
 from raymesh.runtimes.errors import Code, Reason, RequestError, Unavailable
 from raymesh.runtimes.upstream import Upstreams
@@ -106,6 +107,11 @@ class Catalog:
                 placed.append(copy)
         return placed
 
+    def is_loaded(self, name: str) -> bool:
+        """Whether model `name` can be used now, so far as known."""
+        entry = self.view.models.get(name)
+        return entry is not None and bool(self.holders(entry))
+
     def holder(self, entry: ModelEntry, avoided: frozenset[str]) -> Placed | None:
         """One of the model's holders, in turn."""
         holders = [placed for placed in self.holders(entry) if placed.instance not in avoided]
@@ -150,10 +156,11 @@ class Catalog:
     async def register(self, record: ModelRecord) -> tuple[ModelEntry, bool]:
         """Create the model, or find that it is there already with the same spec. The entry, and whether it is new.
 
+        A model that a vmodel created, to go with it, stays from now on.
         Raises ALREADY_EXISTS when the id names something else, UNAVAILABLE when the registry does not answer.
         """
         key = self.view.keys.model(record.tenant, record.id)
-        with _registry_errors():
+        with registry_errors():
             created = await self._registrar.create(key, record.encode())
         if created.present is None:
             return Entry(record, created.revision, created.revision), True
@@ -165,7 +172,23 @@ class Catalog:
             raise RequestError(
                 Code.ALREADY_EXISTS, f"model '{record.id}' is already registered with another type, path or key"
             )
-        return present, False
+        return await self._keep(present), False
+
+    async def _keep(self, entry: ModelEntry) -> ModelEntry:
+        """Make a model that was created by a vmodel, to go with it, one that stays: it was registered by itself now."""
+        key = self.view.keys.model(entry.record.tenant, entry.record.id)
+        while entry.record.auto_delete:
+            kept = replace(entry.record, auto_delete=False)
+            condition = Compare(key, mod_revision=entry.mod_revision)
+            with registry_errors():
+                result = await self._store.txn([condition], [Put(key, kept.encode())], [Get(key)])
+            if result.succeeded:
+                return Entry(kept, entry.create_revision, result.revision)
+            present = _decode(result.gets[0])
+            if present is None or present.create_revision != entry.create_revision:
+                raise Unavailable("the model was deleted with its vmodel just now", reason=Reason.NOT_REGISTERED)
+            entry = present
+        return entry
 
     async def unregister(self, name: str, on_deleted: Callable[[], None]) -> bool:
         """Delete the model and have every copy unloaded before returning. False when there was none.
@@ -175,25 +198,37 @@ class Catalog:
         controller, which unloads orphaned copies when it can.
         """
         tenant, _, model = name.partition("/")
-        with _registry_errors():
+        with registry_errors():
             generation = await self._delete(self.view.keys.model(tenant, model))
-            if not generation:
-                return False
-            on_deleted()
+        if not generation:
+            return False
+        on_deleted()
+        await self.release(name, generation)
+        return True
+
+    async def release(self, name: str, generation: int) -> None:
+        """Have every copy of a model unloaded whose record was just deleted, and wait until the view shows that."""
+        tenant, _, model = name.partition("/")
+        with registry_errors():
             # All copies there will ever be: the runtimes publish on the condition that the record is there.
             listing = await self._store.list(f"{self.view.keys.copies}{name}/")
         instances = {self.view.keys.read_copy(kv.key).instance for kv in listing.items} | set(self.view.copies_of(name))
         await asyncio.gather(*(self._unload(tenant, model, instance) for instance in sorted(instances)))
         await self._wait_for_view(name, generation)
-        return True
 
     async def _delete(self, key: str) -> int:
-        """Delete a model's key. Its generation, 0 when there was none."""
+        """Delete a model's key. Its generation, 0 when there was none. FAILED_PRECONDITION when a vmodel has it."""
         while True:
             present = await self._store.get(key)
             if present is None:
                 return 0
-            condition = Compare(key, create_revision=present.create_revision)
+            entry = _decode(present)
+            if entry is not None and entry.record.refs > 0:
+                raise RequestError(
+                    Code.FAILED_PRECONDITION,
+                    f"model '{entry.record.id}' is in use by {entry.record.refs} vmodel(s)",
+                )
+            condition = Compare(key, mod_revision=present.mod_revision)
             if (await self._store.txn([condition], [Delete(key)])).succeeded:
                 return present.create_revision
 
@@ -233,7 +268,7 @@ class Catalog:
 
     async def _read(self, name: str) -> ModelEntry | None:
         tenant, _, model = name.partition("/")
-        with _registry_errors():
+        with registry_errors():
             return _decode(await self._store.get(self.view.keys.model(tenant, model)))
 
 
@@ -249,7 +284,7 @@ def _decode(kv: KeyValue | None) -> ModelEntry | None:
 
 
 @contextmanager
-def _registry_errors() -> Iterator[None]:
+def registry_errors() -> Iterator[None]:
     """Turn what a store raises into the error a client should see. (Stores keep deadlines of their own.)"""
     try:
         yield

@@ -30,7 +30,7 @@ from raymesh.mesh.cli_input import (
 )
 
 if TYPE_CHECKING:
-    from raymesh.mesh.client import Client, ModelStatus
+    from raymesh.mesh.client import Client, ModelStatus, VModelStatus
 
 _EPILOG = (
     "Exit codes: 0 done; 1 the mesh said no; 2 wrong usage or input; 3 mesh or registry not reachable (try again); "
@@ -334,6 +334,91 @@ def unregister(name: Name, target: Target = _DEFAULT_TARGET, timeout_s: Timeout 
         print(f"{name} is not registered any more")
 
 
+# ---- vmodels ----------------------------------------------------------------------------------------------------
+
+vmodel_app = typer.Typer(name="vmodel", help="Aliases that go over from one model to the next.", no_args_is_help=True)
+app.add_typer(vmodel_app)
+
+VModelName = Annotated[str, typer.Argument(help="The vmodel's name.", show_default=False)]
+Owner = Annotated[str, typer.Option(help="Only if the vmodel is this owner's.", show_default=False)]
+
+
+@vmodel_app.command("set")
+def set_vmodel(
+    name: VModelName,
+    target_model: Annotated[str, typer.Argument(help="The model that is to answer.", show_default=False)],
+    uri: Annotated[str, typer.Option(help="Register the target: where it is.", show_default=False)] = "",
+    type: Annotated[str, typer.Option("--type", help="Register the target: xgboost, sklearn, onnx, …")] = "",
+    key: Annotated[str, typer.Option(help="Register the target: parameters, a JSON object.")] = "",
+    auto_delete: Annotated[
+        bool, typer.Option("--auto-delete", help="Unregister the target when no vmodel uses it any more.")
+    ] = False,
+    load: Annotated[bool, typer.Option("--load", help="Load the target even if nobody uses the vmodel.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Go over now, loaded or not.")] = False,
+    update_only: Annotated[bool, typer.Option("--update-only", help="Fail if there is no such vmodel.")] = False,
+    expect: Annotated[str, typer.Option(help="Fail unless this is its target now.", show_default=False)] = "",
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait until the target has taken over.")] = False,
+    owner: Owner = "",
+    target: Target = _DEFAULT_TARGET,
+    timeout_s: Timeout = 300.0,
+    is_json: Json = False,
+) -> None:
+    """Create a vmodel, or have it go over to another model as soon as that is loaded."""
+    from raymesh.mesh.client import ModelSpec
+
+    if bool(uri) != bool(type):
+        raise CliError(2, "--uri and --type go together: both to register the target, none if it is registered")
+    with _client(target, timeout_s) as client:
+        found = client.set_vmodel(
+            name,
+            ModelSpec(target_model, as_uri(uri), type, key) if uri else target_model,
+            owner=owner,
+            load=load,
+            sync=not no_wait,
+            update_only=update_only,
+            force=force,
+            auto_delete=auto_delete,
+            expected_target=expect,
+        )
+    _print_vmodel(name, found, is_json)
+    if found.status == "TRANSITION_FAILED":
+        raise typer.Exit(1)
+
+
+@vmodel_app.command("status")
+def vmodel_status(
+    name: VModelName,
+    owner: Owner = "",
+    target: Target = _DEFAULT_TARGET,
+    timeout_s: Timeout = 60.0,
+    is_json: Json = False,
+) -> None:
+    """Show which model answers for a vmodel, and which is to. Exit code 1 if there is no such vmodel."""
+    with _client(target, timeout_s) as client:
+        found = client.vmodel_status(name, owner=owner)
+    _print_vmodel(name, found, is_json)
+    if found.status == "NOT_FOUND":
+        raise typer.Exit(1)
+
+
+@vmodel_app.command("delete")
+def delete_vmodel(
+    name: VModelName,
+    owner: Owner = "",
+    target: Target = _DEFAULT_TARGET,
+    timeout_s: Timeout = 60.0,
+    is_json: Json = False,
+) -> None:
+    """Delete a vmodel and the models that were to go with it; fine if there is none, or if it is another owner's."""
+    with _client(target, timeout_s) as client:
+        client.delete_vmodel(name, owner=owner)
+        is_left = bool(owner) and client.vmodel_status(name).status != "NOT_FOUND"
+    if is_json:
+        _print_json({"name": name, "deleted": not is_left})
+    else:
+        print(f"{name} is another owner's and stays" if is_left else f"there is no vmodel {name} any more")
+
+
 # ---- talking ----------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +455,28 @@ def _progress(total: int, *, is_shown: bool) -> Iterator[Any]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda count: bar.update(task, completed=count)
+
+
+def _print_vmodel(name: str, status: VModelStatus, is_json: bool) -> None:
+    models = {"active": status.active_status, "target": status.target_status}
+    if is_json:
+        shown = {
+            role: {"status": found.status, "errors": list(found.errors)} if found is not None else None
+            for role, found in models.items()
+        }
+        _print_json({
+            "name": name, "status": status.status, "owner": status.owner,
+            "active": status.active, "target": status.target,
+            "active_status": shown["active"], "target_status": shown["target"],
+        })  # fmt: skip
+        return
+    print(f"{name}: {status.status}" + (f" (owner {status.owner})" if status.owner else ""))
+    for role, model in (("active", status.active), ("target", status.target)):
+        found = models[role]
+        if model and found is not None:
+            print(f"  {role} {model}: {found.status}")
+            for error in found.errors:
+                print(f"    error: {error}")
 
 
 def _print_json(value: Any) -> None:

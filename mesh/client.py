@@ -29,6 +29,7 @@ from raymesh.mesh.client_calls import (
     Prediction,
     RegisterSummary,
     RpcCall,
+    VModelStatus,
 )
 from raymesh.runtimes.errors import Code
 
@@ -41,6 +42,7 @@ __all__ = [
     "ModelStatus",
     "Prediction",
     "RegisterSummary",
+    "VModelStatus",
 ]
 
 T = TypeVar("T")
@@ -136,6 +138,52 @@ class Client(ClientBase):
     def ensure_loaded(self, name: str, sync: bool = True, *, timeout_s: float | None = None) -> ModelStatus:
         """Have a model loaded, and wait for it if `sync`."""
         return self._send(calls.ensure_loaded(name, sync=sync), timeout_s)
+
+    def set_vmodel(
+        self,
+        name: str,
+        target: str | ModelSpec,
+        *,
+        owner: str = "",
+        load: bool = False,
+        sync: bool = True,
+        update_only: bool = False,
+        force: bool = False,
+        auto_delete: bool = False,
+        expected_target: str = "",
+        timeout_s: float | None = None,
+    ) -> VModelStatus:
+        """Create the vmodel `name`, or have it go over to another model; then it answers for `predict(name, …)`.
+
+        `target` is a registered model's name, or a spec to register (`auto_delete`: to be unregistered when no vmodel
+        uses it any more). The model that answered so far goes on until the target is loaded, unless `force`; a target
+        that does not load is a status (TRANSITION_FAILED), no error. With `sync` this is waited for. `load`: load the
+        target even if nobody uses the vmodel now. `expected_target`: only if that is its target now; `owner`, if given,
+        must be the vmodel's. (A vmodel with the name of a registered model can be asked by header only.)
+        """
+        call = calls.set_vmodel(
+            name,
+            target,
+            owner=owner,
+            load=load,
+            sync=sync,
+            update_only=update_only,
+            force=force,
+            auto_delete=auto_delete,
+            expected_target=expected_target,
+        )
+        return self._send(call, timeout_s)
+
+    def delete_vmodel(self, name: str, *, owner: str = "") -> None:
+        """Delete a vmodel, and the models that were to go with it. One that does not exist is no error.
+
+        With `owner`, one that is somebody else's is left alone.
+        """
+        self._send(calls.delete_vmodel(name, owner=owner))
+
+    def vmodel_status(self, name: str, *, owner: str = "") -> VModelStatus:
+        """How a vmodel is doing; NOT_FOUND is a status, not an error (also for an owner who is not its owner)."""
+        return self._send(calls.vmodel_status(name, owner=owner))
 
     def predict(
         self, name: str, inputs: Mapping[str, Any] | Any, *, outputs: Sequence[str] = (), timeout_s: float | None = None

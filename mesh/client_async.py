@@ -24,6 +24,7 @@ from raymesh.mesh.client_calls import (
     Prediction,
     RegisterSummary,
     RpcCall,
+    VModelStatus,
 )
 from raymesh.runtimes.errors import Code
 
@@ -113,6 +114,42 @@ class AsyncClient(ClientBase):
     async def ensure_loaded(self, name: str, sync: bool = True, *, timeout_s: float | None = None) -> ModelStatus:
         """See `Client.ensure_loaded`."""
         return await self._send(calls.ensure_loaded(name, sync=sync), timeout_s)
+
+    async def set_vmodel(
+        self,
+        name: str,
+        target: str | ModelSpec,
+        *,
+        owner: str = "",
+        load: bool = False,
+        sync: bool = True,
+        update_only: bool = False,
+        force: bool = False,
+        auto_delete: bool = False,
+        expected_target: str = "",
+        timeout_s: float | None = None,
+    ) -> VModelStatus:
+        """See `Client.set_vmodel`."""
+        call = calls.set_vmodel(
+            name,
+            target,
+            owner=owner,
+            load=load,
+            sync=sync,
+            update_only=update_only,
+            force=force,
+            auto_delete=auto_delete,
+            expected_target=expected_target,
+        )
+        return await self._send(call, timeout_s)
+
+    async def delete_vmodel(self, name: str, *, owner: str = "") -> None:
+        """See `Client.delete_vmodel`."""
+        await self._send(calls.delete_vmodel(name, owner=owner))
+
+    async def vmodel_status(self, name: str, *, owner: str = "") -> VModelStatus:
+        """See `Client.vmodel_status`."""
+        return await self._send(calls.vmodel_status(name, owner=owner))
 
     async def predict(
         self, name: str, inputs: Mapping[str, Any] | Any, *, outputs: Sequence[str] = (), timeout_s: float | None = None

@@ -83,6 +83,22 @@ class ModelStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class VModelStatus:
+    """How a vmodel is doing: NOT_FOUND, DEFINED, TRANSITIONING, TRANSITION_FAILED or UNKNOWN.
+
+    `active` is the model that answers; `target` is the same or, in a transition, the model that is to take over, and
+    `target_status` then says how that goes.
+    """
+
+    status: str
+    active: str = ""
+    target: str = ""
+    owner: str = ""
+    active_status: ModelStatus = ModelStatus("NOT_FOUND")
+    target_status: ModelStatus | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """An answer: arrays by output name; `cold` when the request waited for the model to be loaded."""
 
@@ -153,6 +169,50 @@ def ensure_loaded(name: str, *, sync: bool) -> RpcCall[ModelStatus]:
     """Load a model unless it is; wait for that if `sync`."""
     request = _mmesh.EnsureLoadedRequest(modelId=name, sync=sync)
     return RpcCall(_MANAGEMENT + "ensureLoaded", request, _mmesh.ModelStatusInfo, _read_status)
+
+
+def set_vmodel(
+    name: str,
+    target: str | ModelSpec,
+    *,
+    owner: str = "",
+    load: bool = False,
+    sync: bool = True,
+    update_only: bool = False,
+    force: bool = False,
+    auto_delete: bool = False,
+    expected_target: str = "",
+) -> RpcCall[VModelStatus]:
+    """Create a vmodel or give it a new target, which is created if it comes as a spec."""
+    model = target if isinstance(target, str) else target.name
+    request = _mmesh.SetVModelRequest(
+        vModelId=name,
+        targetModelId=model,
+        owner=owner,
+        loadNow=load,
+        sync=sync,
+        updateOnly=update_only,
+        force=force,
+        autoDeleteTargetModel=auto_delete,
+        expectedTargetModelId=expected_target,
+    )
+    if isinstance(target, ModelSpec):
+        request.modelInfo.type = target.type
+        request.modelInfo.path = target.uri
+        request.modelInfo.key = target.key
+    return RpcCall(_MANAGEMENT + "setVModel", request, _mmesh.VModelStatusInfo, _read_vmodel)
+
+
+def delete_vmodel(name: str, *, owner: str = "") -> RpcCall[None]:
+    """Delete a vmodel; one that does not exist is no error."""
+    request = _mmesh.DeleteVModelRequest(vModelId=name, owner=owner)
+    return RpcCall(_MANAGEMENT + "deleteVModel", request, _mmesh.DeleteVModelResponse, lambda _answer, _meta: None)
+
+
+def vmodel_status(name: str, *, owner: str = "") -> RpcCall[VModelStatus]:
+    """How a vmodel is doing."""
+    request = _mmesh.GetVModelStatusRequest(vModelId=name, owner=owner)
+    return RpcCall(_MANAGEMENT + "getVModelStatus", request, _mmesh.VModelStatusInfo, _read_vmodel)
 
 
 def list_page(after: str) -> HttpCall[tuple[list[dict[str, Any]], str]]:
@@ -242,6 +302,20 @@ def _model_path(name: str) -> str:
 def _read_status(answer: Any, _metadata: Mapping[str, str]) -> ModelStatus:
     copies = tuple(CopyInfo(copy.location, _status_name(copy.copyStatus), copy.time) for copy in answer.modelCopyInfos)
     return ModelStatus(_status_name(answer.status), tuple(answer.errors), copies)
+
+
+def _read_vmodel(answer: Any, metadata: Mapping[str, str]) -> VModelStatus:
+    value = _mmesh.VModelStatusInfo.DESCRIPTOR.enum_types_by_name["VModelStatus"].values_by_number.get(answer.status)
+    return VModelStatus(
+        status=str(value.name) if value is not None else "UNKNOWN",
+        active=answer.activeModelId,
+        target=answer.targetModelId,
+        owner=answer.owner,
+        active_status=_read_status(answer.activeModelStatus, metadata),
+        target_status=_read_status(answer.targetModelStatus, metadata)
+        if answer.HasField("targetModelStatus")
+        else None,
+    )
 
 
 def _status_name(number: int) -> str:

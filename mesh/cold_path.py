@@ -14,12 +14,13 @@ from collections.abc import Callable
 from raymesh.mesh.catalog import Catalog
 from raymesh.mesh.config import Settings
 from raymesh.mesh.fresh_copies import Placed
-from raymesh.mesh.inference_target import DEFAULT_DEADLINE_REASON, is_grpc, model_name, passed_on_headers
+from raymesh.mesh.inference_target import DEFAULT_DEADLINE_REASON, asked_for, is_grpc, passed_on_headers
 from raymesh.mesh.metrics import GatewayMetrics
 from raymesh.mesh.placing import Placing
+from raymesh.mesh.vmodels import VModels
 from raymesh.registry.view import ModelEntry
 from raymesh.runtimes import grpc_http1
-from raymesh.runtimes.errors import Code, ModelNotFound, Reason, RequestError, Unavailable
+from raymesh.runtimes.errors import Code, Reason, RequestError, Unavailable
 from raymesh.runtimes.http1 import Request
 from raymesh.runtimes.upstream import RawAnswer, UpstreamLost, Upstreams, hops_of
 
@@ -41,6 +42,7 @@ class ColdPath:
         self,
         settings: Settings,
         catalog: Catalog,
+        vmodels: VModels,
         placing: Placing,
         upstreams: Upstreams,
         metrics: GatewayMetrics,
@@ -49,6 +51,7 @@ class ColdPath:
         self._settings = settings
         self._token = settings.internal_token.encode()
         self._catalog = catalog
+        self._vmodels = vmodels
         self._placing = placing
         self._upstreams = upstreams
         self._metrics = metrics
@@ -96,26 +99,35 @@ class ColdPath:
 
     async def _pass_on(self, request: Request, until_s: float) -> bool:
         """Get the request answered by a runtime. Whether it had to wait for a placement."""
-        name = model_name(request, bytes_max=self._settings.message_bytes_max)
+        asked = asked_for(request, bytes_max=self._settings.message_bytes_max)
         hops = hops_of(request.headers)
         if hops >= HOPS_MAX:
             raise Unavailable("the request was passed on too often", reason=Reason.NOT_LOADED)
         excluded: frozenset[str] = frozenset()
         stale: frozenset[str] = frozenset()
+        name = ""
         has_waited = False
         for _ in range(ATTEMPTS_MAX):
-            entry = await self._catalog.find(name)
-            if entry is None:
-                raise ModelNotFound(name.partition("/")[2])
+            entry, vmodel = await self._vmodels.resolve(asked)
+            if entry.record.name != name:
+                # The first time, or the vmodel has moved on: what was said about instances is about another model.
+                name, excluded, stale = entry.record.name, frozenset(), frozenset()
             placed = self._catalog.holder(entry, excluded | stale)
             if placed is None:
-                placed = await self._place(entry, until_s, excluded, stale)
+                try:
+                    placed = await self._place(entry, until_s, excluded, stale)
+                except RequestError as error:
+                    if not vmodel or error.reason != Reason.NOT_REGISTERED:
+                        raise
+                    # The vmodel left the model, which is gone, faster than the view follows.
+                    await self._vmodels.refresh(vmodel)
+                    continue
                 has_waited = True
                 stale -= {placed.instance}
             if request.has_left:
                 # Not forwarded: nobody would read the answer, and the model is loaded for the next one.
                 return has_waited
-            answer = await self._forward(request, name, placed, hops, until_s)
+            answer = await self._forward(request, name, vmodel, placed, hops, until_s)
             reason = answer.header(b"x-raymesh-reason") if answer is not None else None
             if answer is not None and reason not in _NOT_HERE:
                 request.respond_raw(answer.whole(b"x-raymesh-cold: 1\r\n" if has_waited else b""))
@@ -137,11 +149,11 @@ class ColdPath:
         return placed
 
     async def _forward(
-        self, request: Request, name: str, placed: Placed, hops: int, until_s: float
+        self, request: Request, name: str, vmodel: str, placed: Placed, hops: int, until_s: float
     ) -> RawAnswer | None:
         """The runtime's answer; None when it is gone. An inference may be repeated, so a lost answer is no harm."""
         remaining_s = until_s - asyncio.get_running_loop().time()
-        headers = passed_on_headers(request, name=name, hops=hops + 1, remaining_s=remaining_s)
+        headers = passed_on_headers(request, name=name, vmodel=vmodel, hops=hops + 1, remaining_s=remaining_s)
         try:
             return await self._upstreams.send(
                 placed.address, request.method, request.target, headers=headers, body=request.body

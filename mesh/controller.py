@@ -19,6 +19,8 @@ from raymesh.mesh.fresh_copies import Placed
 from raymesh.mesh.leadership import Leadership
 from raymesh.mesh.orphans import orphans, suspects
 from raymesh.mesh.placements import Placements, PlaceRequest
+from raymesh.mesh.transitions import Transitions
+from raymesh.mesh.vmodel_writes import VModelWrites
 from raymesh.registry.follow import follow
 from raymesh.registry.keys import Keys, is_valid_id
 from raymesh.registry.session import Session
@@ -52,6 +54,13 @@ class Controller:
         self.view = MeshView(Keys(settings.mesh))
         self._upstreams = Upstreams(settings.internal_token)
         self._placements = Placements(settings, store, self.view, self._upstreams)
+        self._transitions = Transitions(
+            self.view,
+            VModelWrites(store, self.view.keys),
+            self._placements.place,
+            is_leader=lambda: self.is_leader,
+            source=self.id,
+        )
         self._server = HttpServer(self._handle, body_bytes_max=CONTROL_BYTES_MAX)
         self._session = Session(
             store, ttl_s=settings.lease_ttl_s, on_epoch=self._renew_leadership, on_dropped=self._lose_key
@@ -92,6 +101,7 @@ class Controller:
         await synced.wait()
         self._spawn(self._leadership.campaign())
         self._spawn(self._sweep())
+        self._spawn(self._transitions.run())
 
     async def close(self) -> None:
         """Step down and stop. Loads that runtimes have begun go on there."""
@@ -107,6 +117,7 @@ class Controller:
 
     def _see(self, changes: tuple[Change, ...]) -> None:
         self._placements.see(changes)
+        self._transitions.see(changes)
         if self._leadership is not None:
             self._leadership.see(changes)
         self._suspects |= suspects(changes)

@@ -147,20 +147,26 @@ class FrontDoor:
         """A runtime is gone; no request is sent to it any more. Requests in flight are left alone."""
         self._note(self._table.remove_instance(instance_id))
 
-    def set_route(self, name: str, instance_ids: Iterable[str]) -> None:
+    def set_route(self, name: str, instance_ids: Iterable[str], model: str = "") -> None:
         """Model `name` (``tenant/id``) is held by these instances; those not (yet) set are left out until they are.
 
+        With `model`, `name` is a vmodel's (``tenant/@id``, or ``tenant/id``, its plain name) and leads to that model.
         Raises `ValueError` on a name that is not one.
         """
-        self._note(self._table.set_route(name, instance_ids))
+        self._note(self._table.set_route(name, instance_ids, model))
 
     def del_route(self, name: str) -> None:
         """Requests for model `name` go to the gateway."""
         self._note(self._table.del_route(name))
 
-    def resync(self, instances: Mapping[str, str], routes: Mapping[str, Iterable[str]]) -> None:
-        """Replace everything: addresses by instance id, instance ids by model name."""
-        self._note(self._table.resync(instances, routes))
+    def resync(
+        self,
+        instances: Mapping[str, str],
+        routes: Mapping[str, Iterable[str]],
+        models: Mapping[str, str] | None = None,
+    ) -> None:
+        """Replace everything: addresses by instance id, instance ids by name, the models that vmodels lead to."""
+        self._note(self._table.resync(instances, routes, models))
 
     async def flushed(self) -> None:
         """Return when HAProxy acts on everything noted so far. Raises `FrontDoorError` if that will never be."""

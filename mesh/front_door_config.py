@@ -185,17 +185,36 @@ frontend door
     http-request wait-for-body time {config.header_timeout_s}s at-least {_FRAME_BYTES + _NAME_BYTES} if grpc_infer
     http-request deny deny_status 413 if grpc_infer {{ req.body,bytes(1,4),hex,hex2i gt {config.body_bytes_max} }}
 
-    # Which model? A vmodel is resolved by the gateway.
-    http-request set-var(txn.id) req.hdr(mm-model-id) if {{ var(txn.infer) -m found }}
+    # Which model, or which vmodel? Headers come first; a `-bin` one is base64, with or without padding (of an id that
+    # is valid both alphabets of base64 make the same). Both kinds at once are an error that the gateway tells.
+    acl infer var(txn.infer) -m found
+    acl has_vid var(txn.vid) -m found
+    acl valid_vid var(txn.vid) -m reg '{id_pattern}\\z'
+    http-request set-var(txn.vid) req.hdr(mm-vmodel-id) if infer
+    http-request set-var(txn.vid) req.hdr(mm-vmodel-id-bin),field(1,=),ub64dec if infer !has_vid
+    http-request set-var(txn.id) req.hdr(mm-model-id) if infer
+    http-request set-var(txn.id) req.hdr(mm-model-id-bin),field(1,=),ub64dec if infer !has_id
+    http-request set-var(txn.id) req.hdr(tas-model-id) if infer !has_id
+    http-request set-var(txn.infer) str(odd) if has_id has_vid
     http-request set-var(txn.id) req.body,bytes({_FRAME_BYTES},{_NAME_BYTES}),lua.grpc_model \
-if grpc_infer !has_id {{ req.body,bytes(0,1),hex 00 }}
-    http-request set-var(txn.id) path,field(4,/),url_dec if {{ var(txn.infer) -m str v2 }} !has_id
-    http-request set-var(txn.id) path,field(4,/),field(1,:),url_dec if {{ var(txn.infer) -m str v1 }} !has_id
-    http-request unset-var(txn.id) if {{ req.hdr(mm-vmodel-id) -m found }} || !valid_id
+if grpc_infer !has_id !has_vid {{ req.body,bytes(0,1),hex 00 }}
+    http-request set-var(txn.id) path,field(4,/),url_dec if {{ var(txn.infer) -m str v2 }} !has_id !has_vid
+    http-request set-var(txn.id) path,field(4,/),field(1,:),url_dec if {{ var(txn.infer) -m str v1 }} !has_id !has_vid
+    http-request unset-var(txn.id) if !valid_id || has_vid
+    http-request unset-var(txn.vid) if !valid_vid || {{ var(txn.infer) -m str odd }}
     http-request set-var(txn.key) var(txn.tenant),concat(/,txn.id) if has_id
     http-request set-header x-raymesh-model %[var(txn.key)] if has_id
+    http-request set-header x-raymesh-vmodel %[var(txn.tenant),concat(/,txn.vid)] if has_vid
+    http-request set-var(txn.key) var(txn.tenant),concat(/@,txn.vid) if has_vid
     # Runtimes speak the v2 protocol; versions and v1 are translated by the gateway.
-    http-request set-var(txn.srv) var(txn.key),lua.route if has_id !versioned !{{ var(txn.infer) -m str v1 }}
+    http-request set-var(txn.srv) var(txn.key),lua.route \
+if {{ var(txn.key) -m found }} !versioned !{{ var(txn.infer) -m str v1 }}
+    # A route that leads through a vmodel says to which model: "server:tenant/model". The vmodel may be named like a
+    # model, in a path or a body.
+    acl by_vmodel var(txn.srv) -m sub :
+    http-request set-header x-raymesh-vmodel %[var(txn.key)] if by_vmodel !has_vid
+    http-request set-header x-raymesh-model %[var(txn.srv),field(2,:)] if by_vmodel
+    http-request set-var(txn.srv) var(txn.srv),field(1,:) if by_vmodel
 
     use_backend runtimes if {{ var(txn.srv) -m found }}
     use_backend gateway_data if {{ var(txn.infer) -m found }}

@@ -40,9 +40,11 @@ class FrontDoorTable:
         self._inherited: dict[int, str] = {}
         self._inherited_routes = False
         self._routes: dict[str, tuple[str, ...]] = {}
+        #: The model that a vmodel's route leads to, by the route's name.
+        self._models: dict[str, str] = {}
         #: The models whose route names an instance, known or not.
         self._names_of: dict[str, set[str]] = {}
-        #: What HAProxy was told: servers by model.
+        #: What HAProxy was told: servers, and the model of a vmodel's route, by name.
         self._told: dict[str, str] = {}
 
     @property
@@ -98,12 +100,18 @@ class FrontDoorTable:
         commands += self._release(slot)
         return commands
 
-    def set_route(self, name: str, instances: Iterable[str]) -> list[str]:
-        """Model `name` (``tenant/id``) is held by `instances`. Raises `ValueError` on a name that is not one."""
-        tenant, slash, model = name.partition("/")
-        if not slash or not is_valid_id(tenant) or not is_valid_id(model):
-            raise ValueError(f"model name {name!r}: use tenant/id, each {ID_RULE}")
+    def set_route(self, name: str, instances: Iterable[str], model: str = "") -> list[str]:
+        """Model `name` (``tenant/id``) is held by `instances`; or, `model` given, a vmodel leads there to that model.
+
+        A vmodel's `name` is ``tenant/@id``, or ``tenant/id`` for requests that do not say what they name. Raises
+        `ValueError` on a name that is not one.
+        """
+        _check_name(name.replace("/@", "/", 1) if model else name)
+        if model:
+            _check_name(model)
         self._forget(name)
+        if model:
+            self._models[name] = model
         holders = tuple(dict.fromkeys(instances))
         if holders:
             self._routes[name] = holders
@@ -116,8 +124,13 @@ class FrontDoorTable:
         self._forget(name)
         return self._tell_routes([name])
 
-    def resync(self, instances: Mapping[str, str], routes: Mapping[str, Iterable[str]]) -> list[str]:
-        """Replace everything: addresses by instance, instances by model."""
+    def resync(
+        self,
+        instances: Mapping[str, str],
+        routes: Mapping[str, Iterable[str]],
+        models: Mapping[str, str] | None = None,
+    ) -> list[str]:
+        """Replace everything: addresses by instance, instances by model or vmodel, models by vmodel."""
         commands: list[str] = []
         if self._inherited_routes:
             commands.append("route clear")
@@ -132,7 +145,7 @@ class FrontDoorTable:
         for slot in self._drop_inherited():
             commands += self._release(slot)
         for name, holders in routes.items():
-            commands += self.set_route(name, holders)
+            commands += self.set_route(name, holders, (models or {}).get(name, ""))
         return commands
 
     def snapshot(self) -> list[str]:
@@ -158,7 +171,7 @@ class FrontDoorTable:
         assert not set(self._slot_of) & set(self._waiting), "never both"
         assert not (self._waiting and self._free), "nobody waits while a slot is free"
         for name, servers in self._told.items():
-            assert servers == self._servers(name), f"{name}: HAProxy was told {servers}"
+            assert servers == self._target(name), f"{name}: HAProxy was told {servers}"
 
     def _place(self, instance: str) -> list[str]:
         address = self._addresses[instance]
@@ -187,24 +200,28 @@ class FrontDoorTable:
         return slots
 
     def _forget(self, name: str) -> None:
+        self._models.pop(name, None)
         for instance in self._routes.pop(name, ()):
             names = self._names_of[instance]
             names.discard(name)
             if not names:
                 del self._names_of[instance]
 
-    def _servers(self, name: str) -> str:
-        return ",".join(f"r{self._slot_of[i]}" for i in self._routes.get(name, ()) if i in self._slot_of)
+    def _target(self, name: str) -> str:
+        """What follows the name in the command that sets its route; "" when it has none."""
+        servers = ",".join(f"r{self._slot_of[i]}" for i in self._routes.get(name, ()) if i in self._slot_of)
+        model = self._models.get(name)
+        return f"{servers} {model}" if servers and model else servers
 
     def _tell_routes(self, names: Iterable[str]) -> list[str]:
         commands = []
         for name in names:
-            servers = self._servers(name)
-            if servers == self._told.get(name, ""):
+            target = self._target(name)
+            if target == self._told.get(name, ""):
                 continue
-            if servers:
-                self._told[name] = servers
-                commands.append(f"route set {name} {servers}")
+            if target:
+                self._told[name] = target
+                commands.append(f"route set {name} {target}")
             else:
                 del self._told[name]
                 commands.append(f"route del {name}")
@@ -217,6 +234,12 @@ class FrontDoorTable:
                 # A new address is taken over without disabling the server: no request falls in between.
                 commands += _disable(server) if address is None else _enable(server, address)
         return commands
+
+
+def _check_name(name: str) -> None:
+    tenant, slash, model = name.partition("/")
+    if not slash or not is_valid_id(tenant) or not is_valid_id(model):
+        raise ValueError(f"model name {name!r}: use tenant/id, each {ID_RULE}")
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -20,7 +20,7 @@ from raymesh.mesh.catalog import Catalog
 from raymesh.mesh.cold_path import ColdPath
 from raymesh.mesh.config import Settings
 from raymesh.mesh.fresh_copies import Placed
-from raymesh.mesh.front_door import FrontDoor, fds_max
+from raymesh.mesh.front_door import FrontDoor, FrontDoorError, fds_max
 from raymesh.mesh.front_door_config import FrontDoorConfig
 from raymesh.mesh.grpc_service import Services
 from raymesh.mesh.inference_api import InferenceApi
@@ -30,6 +30,8 @@ from raymesh.mesh.model_metadata import ModelMetadata
 from raymesh.mesh.placing import Placing
 from raymesh.mesh.rest import Rest
 from raymesh.mesh.routes_follow import Door, RoutesFollower
+from raymesh.mesh.vmodel_api import VModelApi
+from raymesh.mesh.vmodels import VModels
 from raymesh.registry.follow import follow
 from raymesh.registry.keys import Keys
 from raymesh.registry.records import GatewayRecord
@@ -43,6 +45,9 @@ log = logging.getLogger(__name__)
 
 #: What a data request's body may have on top of a message: the gRPC frame, the JSON head of binary tensors.
 BODY_MARGIN_BYTES = 64 * 1024
+#: How long a change of a vmodel waits for the front door. A later request that still gets the model of before gets a
+#: right answer too, only not the newest.
+ROUTES_TIMEOUT_S = 1.0
 #: How long calls under way are given when the gateway closes.
 CLOSE_GRACE_S = 1.0
 
@@ -66,13 +71,23 @@ class Gateway:
         self._catalog = Catalog(store, self.view, self._upstreams)
         self._placing = Placing(self.id, self.view, self._upstreams, self.metrics, on_failed=self._catalog.refresh)
         catalog, placing = self._catalog, self._placing
-        self._cold = ColdPath(settings, catalog, placing, self._upstreams, self.metrics, self._note_placed)
+        self._vmodels = VModels(store, self.view, catalog)
+        self._cold = ColdPath(
+            settings, catalog, self._vmodels, placing, self._upstreams, self.metrics, self._note_placed
+        )
         metadata = ModelMetadata(catalog, placing, self._upstreams, self._note_placed)
         self._management = Management(
             settings, catalog, placing, self.metrics, on_placed=self._note_placed, on_deleted=self._routes.drop
         )
-        self._inference = InferenceApi(settings, catalog, metadata)
-        self._rest = _RestServer(Rest(settings, catalog, placing, metadata, self.metrics).app)
+        self._vmodel_api = VModelApi(
+            catalog,
+            self._vmodels,
+            self._management,
+            on_deleted=self._routes.drop_vmodel,
+            in_force=self._routes_in_force,
+        )
+        self._inference = InferenceApi(settings, catalog, self._vmodels, metadata)
+        self._rest = _RestServer(Rest(settings, catalog, self._vmodels, placing, metadata, self.metrics).app)
         self._data = HttpServer(self._cold.handle, body_bytes_max=settings.message_bytes_max + BODY_MARGIN_BYTES)
         self._grpc: grpc.aio.Server | None = None
         self._grpc_port = 0
@@ -156,13 +171,14 @@ class Gateway:
                 ("grpc.so_reuseport", 0),
             ]
         )
-        methods = {**self._management.methods(), **self._inference.methods()}
+        methods = {**self._management.methods(), **self._vmodel_api.methods(), **self._inference.methods()}
         self._grpc.add_generic_rpc_handlers((Services(methods, token=self._settings.internal_token),))
         self._grpc_port = self._grpc.add_insecure_port(f"{self._host}:0")
         await self._grpc.start()
 
     def _see(self, changes: tuple[Change, ...]) -> None:
         self._catalog.see(changes)
+        self._vmodels.see(changes)
         self._placing.see(changes)
         if self._has_door:
             self._routes.see(changes)
@@ -171,6 +187,12 @@ class Gateway:
         """A copy was just loaded: usable, and routed, before the watch tells."""
         self._catalog.fresh.add(name, placed, self.view, asyncio.get_running_loop().time())
         self._routes.add(name, placed.instance)
+
+    async def _routes_in_force(self) -> None:
+        """Return when the front door routes as the view says; or soon, if it does not come to that."""
+        with contextlib.suppress(TimeoutError, FrontDoorError):
+            async with asyncio.timeout(ROUTES_TIMEOUT_S):
+                await self._door.flushed()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -12,6 +12,7 @@ from raymesh.mesh.catalog import Catalog
 from raymesh.mesh.config import Settings
 from raymesh.mesh.grpc_service import Method, until_s
 from raymesh.mesh.model_metadata import ModelMetadata
+from raymesh.mesh.vmodels import Asked, VModels
 from raymesh.registry.keys import DEFAULT_TENANT, is_valid_id
 from raymesh.registry.protos import Messages
 from raymesh.runtimes.errors import Code, ModelNotFound, Reason, RequestError
@@ -45,9 +46,10 @@ def check_version(model: str, asked: str) -> None:
 class InferenceApi:
     """The RPCs that the gateway answers itself."""
 
-    def __init__(self, settings: Settings, catalog: Catalog, metadata: ModelMetadata) -> None:
+    def __init__(self, settings: Settings, catalog: Catalog, vmodels: VModels, metadata: ModelMetadata) -> None:
         self._settings = settings
         self._catalog = catalog
+        self._vmodels = vmodels
         self._metadata = metadata
         self._messages = Messages("raymesh.runtimes", "oip")
 
@@ -78,7 +80,8 @@ class InferenceApi:
 
     async def model_ready(self, request: Any, context: Any) -> Any:
         """Whether a request for the model may be sent. Clients rely on it that an unknown one is no error."""
-        is_ready = await self._catalog.is_model_ready(f"{DEFAULT_TENANT}/{request.name}")
+        entry = await self._vmodels.model_behind(f"{DEFAULT_TENANT}/{request.name}")
+        is_ready = entry is not None and await self._catalog.is_model_ready(entry.record.name)
         return self._messages.ModelReadyResponse(ready=is_ready and request.version in {"", VERSION})
 
     async def model_metadata(self, request: Any, context: Any) -> Any:
@@ -87,7 +90,8 @@ class InferenceApi:
             raise ModelNotFound(request.name)
         check_version(request.name, request.version)
         deadline_s = until_s(context, default_s=self._settings.request_timeout_s)
-        known = await self._metadata.get(f"{DEFAULT_TENANT}/{request.name}", until_s=deadline_s)
+        resolved = await self._vmodels.resolve(Asked(f"{DEFAULT_TENANT}/{request.name}"))
+        known = await self._metadata.get(resolved.entry.record.name, until_s=deadline_s)
         answer = self._messages.ModelMetadataResponse(
             name=request.name, versions=[VERSION], platform=known.get("platform", "")
         )

@@ -51,7 +51,8 @@ class Management:
         self._metrics = metrics
         self._on_placed = on_placed
         self._on_deleted = on_deleted
-        self._messages = Messages("raymesh.mesh", "mmesh")
+        #: What the calls take and give; messages of one pool only go together.
+        self.messages = Messages("raymesh.mesh", "mmesh")
         self._unregistering: set[asyncio.Task[bool]] = set()
         self._created = metrics.registrations.labels("created")
         self._present = metrics.registrations.labels("present")
@@ -59,7 +60,7 @@ class Management:
 
     def methods(self) -> dict[str, Method]:
         """The service, for `grpc_service.Services`."""
-        m = self._messages
+        m = self.messages
         return {
             _SERVICE + "registerModel": Method(self.register, m.RegisterModelRequest, m.ModelStatusInfo),
             _SERVICE + "unregisterModel": Method(self.unregister, m.UnregisterModelRequest, m.UnregisterModelResponse),
@@ -77,10 +78,10 @@ class Management:
             raise
         (self._created if is_new else self._present).inc()
         if request.loadNow:
-            return self._info(await self._load(entry, is_sync=request.sync, context=context))
+            return self.info(await self.load(entry, is_sync=request.sync, context=context))
         if is_new:
-            return self._messages.ModelStatusInfo(status=int(Status.NOT_LOADED))
-        return self._info(self._status(entry))
+            return self.messages.ModelStatusInfo(status=int(Status.NOT_LOADED))
+        return self.info(self.status(entry))
 
     async def unregister(self, request: Any, context: Any) -> Any:
         """Unregister a model; when this returns nobody gets an answer from it any more. Absent is OK."""
@@ -91,29 +92,29 @@ class Management:
         work.add_done_callback(self._unregistering.discard)
         await asyncio.shield(work)
         self._metrics.unregistrations.inc()
-        return self._messages.UnregisterModelResponse()
+        return self.messages.UnregisterModelResponse()
 
     async def get_status(self, request: Any, context: Any) -> Any:
         """A model's status; an unknown one is OK with NOT_FOUND."""
         entry = await self._catalog.find(_name_in(request.modelId))
-        return self._info(NOT_FOUND if entry is None else self._status(entry))
+        return self.info(NOT_FOUND if entry is None else self.status(entry))
 
     async def ensure_loaded(self, request: Any, context: Any) -> Any:
         """Have at least one copy loaded; waits for it if `sync`. An unknown model is an error here."""
         entry = await self._catalog.find(_name_in(request.modelId))
         if entry is None:
             raise RequestError(Code.NOT_FOUND, f"model '{request.modelId}' is not found", reason=Reason.NOT_REGISTERED)
-        return self._info(await self._load(entry, is_sync=request.sync, context=context))
+        return self.info(await self.load(entry, is_sync=request.sync, context=context))
 
-    async def _load(self, entry: ModelEntry, *, is_sync: bool, context: Any) -> ModelStatus:
+    async def load(self, entry: ModelEntry, *, is_sync: bool, context: Any) -> ModelStatus:
         """Load the model unless a copy is there. Its status then, or, if not `is_sync`, now."""
         name = entry.record.name
         if self._catalog.holders(entry):
-            return self._status(entry)
+            return self.status(entry)
         if not is_sync:
             now_s = asyncio.get_running_loop().time()
             self._placing.begin(name, until_s=now_s + self._settings.load_timeout_s)
-            return self._status(entry)
+            return self.status(entry)
         deadline_s = until_s(context, default_s=self._settings.load_timeout_s)
         try:
             async with asyncio.timeout_at(deadline_s):
@@ -125,35 +126,45 @@ class Management:
                 raise
             return self._failed(entry, error)
         self._on_placed(name, placed)
-        return self._status(entry)
+        return self.status(entry)
 
-    def _status(self, entry: ModelEntry) -> ModelStatus:
+    def status(self, entry: ModelEntry) -> ModelStatus:
+        """What this gateway knows about the model."""
         return self._catalog.status(entry, is_loading=self._placing.is_placing(entry.record.name))
 
     def _failed(self, entry: ModelEntry, error: RequestError) -> ModelStatus:
         """The status after a load that failed just now; the record may not show it yet."""
-        known = self._status(entry)
+        known = self.status(entry)
         errors = known.errors if error.message in known.errors else (error.message, *known.errors)
         copies = known.copies or (CopyStatus("", Status.LOADING_FAILED, time.time_ns() // 1_000_000),)
         return ModelStatus(Status.LOADING_FAILED, errors, copies)
 
-    def _info(self, status: ModelStatus) -> Any:
-        info = self._messages.ModelStatusInfo(status=int(status.status), errors=status.errors)
+    def info(self, status: ModelStatus) -> Any:
+        """The status as a ``ModelStatusInfo``."""
+        info = self.messages.ModelStatusInfo(status=int(status.status), errors=status.errors)
         for copy in status.copies:
             info.modelCopyInfos.add(location=copy.instance, copyStatus=int(copy.status), time=copy.time_ms)
         return info
 
 
 def _name_in(model_id: str) -> str:
-    if not is_valid_id(model_id):
-        raise InvalidInput(f"modelId: use {ID_RULE}" if model_id else "modelId: must not be empty")
-    return f"{DEFAULT_TENANT}/{model_id}"
+    return f"{DEFAULT_TENANT}/{checked_id('modelId', model_id)}"
+
+
+def checked_id(field: str, given: str) -> str:
+    """The id in a request's field. Raises `InvalidInput` naming the field when it is none."""
+    if not is_valid_id(given):
+        raise InvalidInput(f"{field}: use {ID_RULE}" if given else f"{field}: must not be empty")
+    return given
 
 
 def _record_in(request: Any) -> ModelRecord:
     """The record that a RegisterModelRequest asks for. Raises `InvalidInput` naming the field."""
-    _name_in(request.modelId)
-    info = request.modelInfo
+    return record_of(checked_id("modelId", request.modelId), request.modelInfo, request.lastUsedTime)
+
+
+def record_of(model_id: str, info: Any, last_used_ms: int) -> ModelRecord:
+    """The record of a model to be registered with a `ModelInfo`. Raises `InvalidInput` naming the field."""
     if not info.type:
         raise InvalidInput("modelInfo.type: must not be empty")
     for name, text, characters_max in (
@@ -165,9 +176,9 @@ def _record_in(request: Any) -> ModelRecord:
             raise InvalidInput(f"modelInfo.{name}: {len(text)} characters, at most {characters_max} are allowed")
     return ModelRecord(
         tenant=DEFAULT_TENANT,
-        id=request.modelId,
+        id=model_id,
         type=info.type,
         path=info.path,
         key=info.key,
-        last_used_ms=request.lastUsedTime or time.time_ns() // 1_000_000,
+        last_used_ms=last_used_ms or time.time_ns() // 1_000_000,
     )

@@ -26,6 +26,7 @@ from raymesh.mesh.metrics import GatewayMetrics
 from raymesh.mesh.model_metadata import ModelMetadata
 from raymesh.mesh.model_status import Status
 from raymesh.mesh.placing import Placing
+from raymesh.mesh.vmodels import Asked, VModels
 from raymesh.registry.keys import DEFAULT_TENANT, is_valid_id
 from raymesh.registry.view import ModelEntry
 from raymesh.runtimes.errors import Code, InvalidInput, ModelNotFound, Reason, RequestError
@@ -49,12 +50,14 @@ class Rest:
         self,
         settings: Settings,
         catalog: Catalog,
+        vmodels: VModels,
         placing: Placing,
         metadata: ModelMetadata,
         metrics: GatewayMetrics,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
+        self._vmodels = vmodels
         self._placing = placing
         self._metadata = metadata
         self._metrics = metrics
@@ -106,15 +109,14 @@ class Rest:
         """``GET /v2/models/{m}``: inputs and outputs; loads the model if need be."""
         model = _model_in(request)
         until_s = asyncio.get_running_loop().time() + self._settings.request_timeout_s
-        known = await self._metadata.get(f"{DEFAULT_TENANT}/{model}", until_s=until_s)
+        resolved = await self._vmodels.resolve(Asked(f"{DEFAULT_TENANT}/{model}"))
+        known = await self._metadata.get(resolved.entry.record.name, until_s=until_s)
         return _json({**known, "name": model, "versions": [VERSION]})
 
     async def model_ready(self, request: Request) -> Response:
         """``GET /v2/models/{m}/ready``: may be asked; with ``?strict=true``: is loaded now."""
         model = _model_in(request)
-        entry = await self._catalog.find(f"{DEFAULT_TENANT}/{model}")
-        if entry is None:
-            raise ModelNotFound(model)
+        entry = (await self._vmodels.resolve(Asked(f"{DEFAULT_TENANT}/{model}"))).entry
         is_ready = await self._catalog.is_model_ready(entry.record.name)
         if request.query_params.get("strict") == "true":
             is_ready = bool(self._catalog.holders(entry))

@@ -1,9 +1,9 @@
--- The front door's route table: which server slots hold a model. One table for all threads (`lua-load`), a cache that
+-- The front door's route table: which server slots hold a model, or the model that a vmodel leads to. One table for all threads (`lua-load`), a cache that
 -- the gateway fills over the admin socket and may lose at any time: a miss goes to the gateway.
 
 local SLOTS_BACKEND = "runtimes"
 
--- By "tenant/id": a server name, or for several copies {names, turn = n}.
+-- By "tenant/id", for a vmodel "tenant/@id": a server name, or for several copies or a vmodel {names, turn = n, model}.
 local routes = {}
 local count = 0
 -- Names of servers that health checks or errors took down. Kept by events: asking per request would cost more.
@@ -30,9 +30,13 @@ local function choose(copies)
   return first or names[turn]
 end
 
+-- The server for a key; for a vmodel "server:tenant/model", in one answer, so that a flip never mixes the two.
 core.register_converters("route", function(key)
   local found = routes[key]
-  if type(found) == "table" then return choose(found) end
+  if type(found) == "table" then
+    local name = #found.names == 1 and found.names[1] or choose(found)
+    return found.model and name .. ":" .. found.model or name
+  end
   return found
 end)
 
@@ -64,7 +68,7 @@ local function cli(verb, usage, action)
   end)
 end
 
-cli("set", "route set <tenant/id> <server>[,<server>...]: route a model", function(key, list)
+cli("set", "route set <key> <server>[,<server>...] [<model>]: route a model or a vmodel", function(key, list, model)
   if not key or not list then return "route set: give a key and its servers" end
   local names = {}
   for name in list:gmatch("[^,]+") do
@@ -73,18 +77,24 @@ cli("set", "route set <tenant/id> <server>[,<server>...]: route a model", functi
   end
   if #names == 0 then return "route set: no servers" end
   if not routes[key] then count = count + 1 end
-  routes[key] = #names == 1 and names[1] or {names = names, turn = math.random(0, #names - 1)}
+  if model == "" then model = nil end
+  if #names == 1 and not model then
+    routes[key] = names[1]
+  else
+    routes[key] = {names = names, turn = math.random(0, #names - 1), model = model}
+  end
 end)
 
-cli("del", "route del <tenant/id>: forget a model", function(key)
+cli("del", "route del <key>: forget a model or a vmodel", function(key)
   if not key then return "route del: give a key" end
   if routes[key] then count = count - 1 end
   routes[key] = nil
 end)
 
-cli("get", "route get <tenant/id>: the servers of a model", function(key)
+cli("get", "route get <key>: the servers of a model, with the model of a vmodel", function(key)
   local found = key and routes[key]
-  return type(found) == "table" and table.concat(found.names, ",") or found or ""
+  if type(found) ~= "table" then return found or "" end
+  return table.concat(found.names, ",") .. (found.model and " " .. found.model or "")
 end)
 
 cli("count", "route count: how many models are routed", function() return tostring(count) end)

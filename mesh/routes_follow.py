@@ -6,11 +6,24 @@ now, and only when it differs from what was told before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
-from raymesh.mesh.route_table import Route, all_routes, route_of
-from raymesh.registry.view import Change, CopyGone, CopyPut, InstanceGone, InstancePut, MeshView, ModelDeleted, ModelPut
+from raymesh.mesh.route_table import Route, all_routes, keys_of_vmodel, route_at, vmodel_key
+from raymesh.registry.view import (
+    Change,
+    CopyGone,
+    CopyPut,
+    InstanceGone,
+    InstancePut,
+    MeshView,
+    ModelDeleted,
+    ModelPut,
+    VModelDeleted,
+    VModelPut,
+)
+
+_NOWHERE = Route(())
 
 
 class Door(Protocol):
@@ -32,16 +45,22 @@ class Door(Protocol):
         """A runtime is gone."""
         ...
 
-    def set_route(self, name: str, instance_ids: Iterable[str]) -> None:
-        """Model `name` is held by `instances`."""
+    def set_route(self, name: str, instance_ids: Iterable[str], model: str = "") -> None:
+        """Requests for `name` go to these instances, and are for `model` if `name` is a vmodel's."""
         ...
 
     def del_route(self, name: str) -> None:
         """No runtime holds model `name`."""
         ...
 
-    def resync(self, instances: Mapping[str, str], routes: Mapping[str, Iterable[str]]) -> None:
-        """Replace everything."""
+    def resync(
+        self, instances: Mapping[str, str], routes: Mapping[str, Iterable[str]], models: Mapping[str, str]
+    ) -> None:
+        """Replace everything; `models` says which model the routes of vmodels lead to."""
+        ...
+
+    async def flushed(self) -> None:
+        """Return when everything said so far is in force."""
         ...
 
     async def close(self) -> None:
@@ -67,7 +86,8 @@ class RoutesFollower:
         """Tell everything again."""
         self._told = all_routes(self._view)
         addresses = {name: entry.record.address for name, entry in self._view.instances.items()}
-        self._door.resync(addresses, self._told)
+        instances = {key: route.instances for key, route in self._told.items()}
+        self._door.resync(addresses, instances, {key: route.model for key, route in self._told.items() if route.model})
 
     def see(self, changes: Iterable[Change]) -> None:
         """Follow the view."""
@@ -76,6 +96,9 @@ class RoutesFollower:
             match change:
                 case CopyPut(name, _, _, _) | CopyGone(name, _, _) | ModelPut(name, None, _) | ModelDeleted(name, _):
                     names[name] = None
+                case VModelPut(name, _, _) | VModelDeleted(name, _):
+                    # The plain name as well, which it may share with a model.
+                    names.update({vmodel_key(name): None, name: None})
                 case InstancePut(instance, old, new):
                     if old is None or old.record.address != new.record.address:
                         self._door.set_instance(instance, new.record.address)
@@ -87,25 +110,47 @@ class RoutesFollower:
                     names.update(dict.fromkeys(self._view.copies_on(instance)))
                 case _:
                     pass
-        for name in names:
-            self._tell(name, route_of(self._view, name))
+        keys = {key: None for name in names for key in self._keys_of(name)}
+        for key in keys:
+            self._tell(key, route_at(self._view, key))
+
+    def _keys_of(self, name: str) -> Iterator[str]:
+        """The keys whose routes depend on model `name`: its own, and those of the vmodels that it answers for."""
+        yield name
+        for vmodel in self._view.vmodels_of(name):
+            yield from keys_of_vmodel(self._view, vmodel)
 
     def add(self, name: str, instance: str) -> None:
         """A copy was just loaded; the view will say so in a moment."""
         entry = self._view.instances.get(instance)
         if entry is not None and not entry.record.draining:
-            self._tell(name, tuple(sorted({*self._told.get(name, ()), instance})))
+            instances = tuple(sorted({*self._told.get(name, _NOWHERE).instances, instance}))
+            self._tell(name, Route(instances))
+            for vmodel in self._view.vmodels_of(name):
+                if self._view.vmodels[vmodel].record.active_name == name:
+                    for key in keys_of_vmodel(self._view, vmodel):
+                        self._tell(key, Route(instances, name))
 
     def drop(self, name: str) -> None:
         """The model is gone; the view will say so in a moment."""
-        self._tell(name, ())
+        self._tell(name, _NOWHERE)
 
-    def _tell(self, name: str, route: Route) -> None:
-        if self._told.get(name, ()) == route:
+    def drop_vmodel(self, name: str, models: Iterable[str]) -> None:
+        """The vmodel is gone, and these models with it; the view will say so in a moment."""
+        keys = [vmodel_key(name), *models]
+        if self._told.get(name, _NOWHERE).model:
+            keys.append(name)
+        for key in keys:
+            self._tell(key, _NOWHERE)
+
+    def _tell(self, key: str, route: Route) -> None:
+        if self._told.get(key, _NOWHERE).instances == route.instances and (
+            not route.instances or self._told[key].model == route.model
+        ):
             return
-        if route:
-            self._told[name] = route
-            self._door.set_route(name, route)
+        if route.instances:
+            self._told[key] = route
+            self._door.set_route(key, *route)
         else:
-            del self._told[name]
-            self._door.del_route(name)
+            del self._told[key]
+            self._door.del_route(key)

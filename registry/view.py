@@ -24,9 +24,7 @@ from raymesh.registry.records import (
 from raymesh.registry.store import Event, KeyValue, Listing
 
 R = TypeVar("R")
-RecordT = TypeVar(
-    "RecordT", ModelRecord, VModelRecord, InstanceRecord, CopyRecord, GatewayRecord, LeaderRecord
-)
+RecordT = TypeVar("RecordT", ModelRecord, VModelRecord, InstanceRecord, CopyRecord, GatewayRecord, LeaderRecord)
 
 
 class Entry(NamedTuple, Generic[R]):

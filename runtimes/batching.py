@@ -278,8 +278,8 @@ def _encode(copy: Copy, call: Call, result: _Result) -> Answer:
         if infer.outputs:
             result = {name: result[name] for name in infer.outputs}
         if infer.is_grpc:
-            return copy.encoder.encode(result, infer.id)
-        return oip.encode_rest(copy.id, MODEL_VERSION, infer, result)
+            return copy.encoder.encode(result, infer.id, alias=infer.alias)
+        return oip.encode_rest(infer.alias or copy.id, MODEL_VERSION, infer, result)
     except RequestError as error:
         return oip.error_answer(error, is_grpc=infer.is_grpc)
     except Exception as error:

@@ -54,6 +54,8 @@ class InferRequest:
     inputs: dict[str, Array]
     outputs: tuple[str, ...]
     is_grpc: bool
+    #: What the client calls the model if that is not the model's id (it asked for a vmodel); answers name this then.
+    alias: str = ""
     #: REST only: the outputs wanted as binary data, or True/False for all of them.
     binary: Mapping[str, bool] | bool = False
 
@@ -150,12 +152,14 @@ class GrpcEncoder:
         self._model_version = model_version
         self._fixed: dict[tuple[Any, ...], bytes] = {}
 
-    def encode(self, outputs: Mapping[str, Array], request_id: str, headers: bytes = b"") -> bytes:
-        """A whole HTTP/1.1 answer with these outputs, in their order."""
-        key = tuple([(name, a.dtype, a.shape) for name, a in outputs.items()])
+    def encode(self, outputs: Mapping[str, Array], request_id: str, headers: bytes = b"", *, alias: str = "") -> bytes:
+        """A whole HTTP/1.1 answer with these outputs, in their order, from the model or, given one, from its alias."""
+        key: tuple[Any, ...] = tuple([(name, a.dtype, a.shape) for name, a in outputs.items()])
+        if alias:
+            key = (alias, *key)
         message = self._fixed.get(key)
         if message is None:
-            message = self._encode_fixed(outputs)
+            message = self._encode_fixed(alias or self._model_name, outputs)
             if len(self._fixed) >= self.SHAPES_MAX:
                 self._fixed.clear()
             self._fixed[key] = message
@@ -167,8 +171,8 @@ class GrpcEncoder:
             message += b"\x32" + _varint(len(raw)) + raw  # field 6: raw_output_contents
         return grpc_http1.answer(message, headers)
 
-    def _encode_fixed(self, outputs: Mapping[str, Array]) -> bytes:
-        response = _ModelInferResponse(model_name=self._model_name, model_version=self._model_version)
+    def _encode_fixed(self, model_name: str, outputs: Mapping[str, Array]) -> bytes:
+        response = _ModelInferResponse(model_name=model_name, model_version=self._model_version)
         for name, array in outputs.items():
             response.outputs.add(name=name, datatype=tensors.datatype_of(array), shape=array.shape)
         return bytes(response.SerializeToString())

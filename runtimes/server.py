@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _TOKEN = b"x-raymesh-token"
 _MODEL = b"x-raymesh-model"
+#: The vmodel, ``tenant/id``, by which the request came to the model.
+_VMODEL = b"x-raymesh-vmodel"
 
 
 class DataServer:
@@ -85,6 +87,9 @@ class DataServer:
                 infer = oip.decode_grpc(message)
             else:
                 infer = self._decode_rest(copy.id, request)
+            vmodel = headers.get(_VMODEL)
+            if vmodel is not None:
+                infer.alias = vmodel.partition(b"/")[2].decode("latin-1")
             self._batcher.submit(copy, request, infer)
         except RequestError as error:
             request.respond_raw(oip.error_answer(error, is_grpc=is_grpc))

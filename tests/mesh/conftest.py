@@ -177,6 +177,8 @@ class RecordingDoor:
         self.gateway: tuple[str | None, ...] = ()
         self.instances: dict[str, str] = {}
         self.routes: dict[str, tuple[str, ...]] = {}
+        #: The models that the routes of vmodels lead to; "" for those of models.
+        self.models: dict[str, str] = {}
         self.is_open = False
         self.resyncs = 0
         self.changes = 0
@@ -196,16 +198,24 @@ class RecordingDoor:
     def remove_instance(self, instance_id: str) -> None:
         self.instances.pop(instance_id, None)
 
-    def set_route(self, name: str, instance_ids: Iterable[str]) -> None:
+    def set_route(self, name: str, instance_ids: Iterable[str], model: str = "") -> None:
         self.changes += 1
         self.routes[name] = tuple(instance_ids)
+        self.models[name] = model
 
     def del_route(self, name: str) -> None:
         self.changes += 1
         self.routes.pop(name, None)
+        self.models.pop(name, None)
 
-    def resync(self, instances: Mapping[str, str], routes: Mapping[str, Iterable[str]]) -> None:
+    async def flushed(self) -> None:
+        pass
+
+    def resync(
+        self, instances: Mapping[str, str], routes: Mapping[str, Iterable[str]], models: Mapping[str, str]
+    ) -> None:
         self.resyncs += 1
+        self.models = dict(models)
         self.instances = dict(instances)
         self.routes = {name: tuple(held) for name, held in routes.items()}
 

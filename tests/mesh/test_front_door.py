@@ -321,6 +321,58 @@ def test_rest_is_routed_by_path_and_header(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
+def test_a_vmodel_goes_straight_to_its_active_model(tmp_path: Path) -> None:
+    async def scenario(here: Mesh) -> None:
+        for key in ("default/@v", "default/v"):
+            here.door.set_route(key, ["r1"], "default/m1")
+        here.door.set_route("default/@both", ["r1", "r2"], "default/m3")
+        # A vmodel and a model of one name.
+        here.door.set_route("default/@m1", ["r2"], "default/m2")
+        await here.door.flushed()
+
+        async def check(server: str, model: str, vmodel: str | None, path: str, **headers: str) -> None:
+            assert await here.server_of(f"/v2/models/{path}/infer", **headers) == server
+            seen = (here.runtimes[server] if server in here.runtimes else here.gateway).seen[-1].headers
+            assert (seen.get("x-raymesh-model", ""), seen.get("x-raymesh-vmodel")) == (model, vmodel)
+
+        await check("r1", "default/m1", "default/v", "v")
+        await check("r1", "default/m1", "default/v", "any", mm_vmodel_id="v")
+        # "v" in base64, with the padding and without.
+        await check("r1", "default/m1", "default/v", "any", mm_vmodel_id_bin="dg==")
+        await check("r1", "default/m1", "default/v", "any", mm_vmodel_id_bin="dg")
+        await check("r1", "default/m1", None, "m1")
+        await check("r2", "default/m2", "default/m1", "m1", mm_vmodel_id="m1")
+        await check("r1", "default/m1", None, "any", mm_model_id_bin="bTE")
+        await check("r1", "default/m1", None, "any", tas_model_id="m1")
+        # A vmodel without a route, and what is none, is the gateway's to answer.
+        await check("gateway", "", "default/absent", "v", mm_vmodel_id="absent")
+        await check("gateway", "", None, "v", mm_vmodel_id="a/b")
+        await check("gateway", "", None, "v", mm_vmodel_id="")
+        await check("gateway", "", None, "v", mm_vmodel_id="v", mm_model_id="m1")
+        await check("gateway", "", None, "v", mm_vmodel_id_bin="dg", tas_model_id="m1")
+        await check("gateway", "default/v", None, "v/versions/1")
+        # What a client says about our own headers does not count.
+        await check("r1", "default/m1", None, "m1", x_raymesh_vmodel="default/v")
+        assert Counter([await here.server_of("/v2/models/m/infer", mm_vmodel_id="both") for _ in range(10)]) == {
+            "r1": 5,
+            "r2": 5,
+        }
+        for metadata in ({"mm_vmodel_id": "v"}, {"mm_vmodel_id_bin": b"v"}):
+            assert (await here.infer("m2", **metadata))[0] == "r1"  # type: ignore[arg-type]
+            assert here.runtimes["r1"].seen[-1].headers["x-raymesh-model"] == "default/m1"
+        assert (await here.infer("v"))[0] == "r1"
+        assert here.runtimes["r1"].seen[-1].headers["x-raymesh-vmodel"] == "default/v"
+        # The flip is one command: server and model change together.
+        here.door.set_route("default/@v", ["r2"], "default/m2")
+        await here.door.flushed()
+        await check("r2", "default/m2", "default/v", "any", mm_vmodel_id="v")
+        here.door.del_route("default/@v")
+        await here.door.flushed()
+        await check("gateway", "", "default/v", "any", mm_vmodel_id="v")
+
+    run(tmp_path, scenario)
+
+
 @pytest.mark.parametrize("path", ["m1%00", "m1%0d%0aevil:%20x", "m1%0a", "a%2Fm1", "-m1", "m" * 129, "%ff"])
 def test_odd_ids_go_to_the_gateway_unnamed(tmp_path: Path, path: str) -> None:
     async def scenario(here: Mesh) -> None:

@@ -19,16 +19,20 @@ class Twin:
         self.addresses: dict[str, str] = {}
         self.ready: set[str] = set()
         self.routes: dict[str, list[str]] = {}
+        #: The models that the routes of vmodels lead to.
+        self.models: dict[str, str] = {}
 
     def obey(self, commands: list[str]) -> None:
         for command in commands:
             match command.split():
                 case ["route", "clear"]:
                     self.routes.clear()
-                case ["route", "set", name, servers]:
+                    self.models.clear()
+                case ["route", "set", name, servers, *model]:
                     self.routes[name] = servers.split(",")
+                    self.models[name] = model[0] if model else ""
                 case ["route", "del", name]:
-                    del self.routes[name]
+                    del self.routes[name], self.models[name]
                 case ["set", "server", server, "addr", ip, "port", port]:
                     routed = {f"runtimes/{r}" for servers in self.routes.values() for r in servers}
                     moved = self.addresses.get(server) not in {None, f"{ip}:{port}"}
@@ -50,7 +54,8 @@ class Twin:
 
 instances = st.sampled_from(["i1", "i2", "i3", "i4", "i5"])
 ports = st.integers(1, 6).map(lambda n: f"10.0.0.1:{n}")
-names = st.sampled_from(["t/a", "t/b", "u/a"])
+names = st.sampled_from(["t/a", "t/b", "t/@a"])
+models = st.sampled_from(["t/x", "t/y"])
 holders = st.lists(instances, max_size=3)
 
 
@@ -63,6 +68,7 @@ class TableMachine(RuleBasedStateMachine):
         self.table = FrontDoorTable(SLOTS)
         self.instances: dict[str, str] = {}
         self.routes: dict[str, list[str]] = {}
+        self.models: dict[str, str] = {}
         self.is_synced = True
 
     @rule(instance=instances, address=ports)
@@ -75,20 +81,22 @@ class TableMachine(RuleBasedStateMachine):
         self.instances.pop(instance, None)
         self.twin.obey(self.table.remove_instance(instance))
 
-    @rule(name=names, instances=holders)
-    def set_route(self, name: str, instances: list[str]) -> None:
+    @rule(name=names, instances=holders, model=models, is_vmodel=st.booleans())
+    def set_route(self, name: str, instances: list[str], model: str, is_vmodel: bool) -> None:
         self.routes[name] = instances
-        self.twin.obey(self.table.set_route(name, instances))
+        self.models[name] = model if is_vmodel or "@" in name else ""
+        self.twin.obey(self.table.set_route(name, instances, self.models[name]))
 
     @rule(name=names)
     def del_route(self, name: str) -> None:
         self.routes.pop(name, None)
         self.twin.obey(self.table.del_route(name))
 
-    @rule(new=st.dictionaries(instances, ports), routes=st.dictionaries(names, holders))
-    def resync(self, new: dict[str, str], routes: dict[str, list[str]]) -> None:
+    @rule(new=st.dictionaries(instances, ports), routes=st.dictionaries(names, holders), model=models)
+    def resync(self, new: dict[str, str], routes: dict[str, list[str]], model: str) -> None:
         self.instances, self.routes = dict(new), dict(routes)
-        self.twin.obey(self.table.resync(new, routes))
+        self.models = {name: model for name in routes if "@" in name}
+        self.twin.obey(self.table.resync(new, routes, self.models))
         self.is_synced = True
 
     @rule()
@@ -106,7 +114,7 @@ class TableMachine(RuleBasedStateMachine):
     def gateway_is_replaced(self) -> None:
         self.table = FrontDoorTable(SLOTS)
         self.table.adopt(self.twin.live_slots())
-        self.instances, self.routes = {}, {}
+        self.instances, self.routes, self.models = {}, {}, {}
         self.is_synced = False
 
     @invariant()
@@ -122,6 +130,7 @@ class TableMachine(RuleBasedStateMachine):
         assert len(direct) == min(SLOTS, len(self.instances))
         wanted = {name: [direct[i] for i in dict.fromkeys(ids) if i in direct] for name, ids in self.routes.items()}
         assert served == {name: addresses for name, addresses in wanted.items() if addresses}
+        assert self.twin.models == {name: self.models.get(name, "") for name in served}
 
 
 TestTable = TableMachine.TestCase
@@ -150,6 +159,20 @@ def test_an_adopted_slot_keeps_its_instance() -> None:
 def test_unsafe_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="model name"):
         FrontDoorTable(SLOTS).set_route(name, ["i1"])
+    with pytest.raises(ValueError, match="model name"):
+        FrontDoorTable(SLOTS).set_route("t/@v", ["i1"], name)
+
+
+def test_a_vmodel_is_told_with_its_model() -> None:
+    table = FrontDoorTable(SLOTS)
+    table.set_instance("i1", "10.0.0.1:1")
+    assert table.set_route("t/@v", ["i1"], "t/a") == ["route set t/@v r0 t/a"]
+    # The same instances, another model: a flip.
+    assert table.set_route("t/@v", ["i1"], "t/b") == ["route set t/@v r0 t/b"]
+    assert not table.set_route("t/@v", ["i1"], "t/b")
+    assert table.remove_instance("i1")[0] == "route del t/@v"
+    with pytest.raises(ValueError, match="model name"):
+        table.set_route("t/@v", ["i1"])
 
 
 @pytest.mark.parametrize(

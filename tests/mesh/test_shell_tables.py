@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 
 from raymesh.mesh.fresh_copies import KEEP_S, FreshCopies, Placed
-from raymesh.mesh.inference_target import model_name
+from raymesh.mesh.inference_target import asked_for
 from raymesh.mesh.model_notes import FAILURES_MAX, with_failure, with_load
 from raymesh.mesh.model_status import Status, is_ready, status_of
 from raymesh.mesh.orphans import orphans, suspects
-from raymesh.mesh.route_table import all_routes, route_of
+from raymesh.mesh.route_table import Route, all_routes, route_at, route_of
+from raymesh.mesh.routes_follow import RoutesFollower
+from raymesh.mesh.vmodels import Asked, VModelNotFound
 from raymesh.registry.keys import Keys
-from raymesh.registry.records import CopyRecord, CopyState, InstanceRecord, LoadFailure, ModelRecord
+from raymesh.registry.records import CopyRecord, CopyState, InstanceRecord, LoadFailure, ModelRecord, VModelRecord
 from raymesh.registry.store import Event, KeyValue
 from raymesh.registry.view import MeshView
 from raymesh.runtimes.errors import InvalidInput, ModelNotFound, RequestError
@@ -43,6 +45,10 @@ class World:
         return self.put(
             KEYS.model("default", model), ModelRecord(tenant="default", id=model, type="t", path="p", **fields)
         )
+
+    def vmodel(self, vmodel: str, active: str, target: str = "") -> Any:
+        record = VModelRecord(tenant="default", id=vmodel, active=active, target=target or active)
+        return self.put(KEYS.vmodel("default", vmodel), record)
 
     def instance(self, instance: str, **fields: Any) -> Any:
         record = InstanceRecord(id=instance, address=f"{instance}:1", pool="cpu", epoch=1, **fields)
@@ -76,9 +82,80 @@ def test_a_route_has_usable_copies_only(world):
     assert route_of(world.view, "default/m") == ()
     assert all_routes(world.view) == {}
     world.instance("b")
-    assert all_routes(world.view) == {"default/m": ("b",)}
+    assert all_routes(world.view) == {"default/m": Route(("b",))}
     world.delete(KEYS.instance("b"))
     assert all_routes(world.view) == {}
+
+
+def test_a_vmodel_is_routed_to_its_active_model(world):
+    world.model("n")
+    world.copy("m", "a")
+    world.copy("n", "b")
+    world.vmodel("v", "m", "n")
+    to_m = Route(("a",), "default/m")
+    models = {"default/m": Route(("a",)), "default/n": Route(("b",))}
+    assert all_routes(world.view) == {**models, "default/v": to_m, "default/@v": to_m}
+    world.vmodel("v", "n")
+    assert route_at(world.view, "default/@v") == route_at(world.view, "default/v") == Route(("b",), "default/n")
+    # A name is a model's first, loaded or not.
+    world.model("v")
+    assert route_at(world.view, "default/v") == Route(())
+    assert route_at(world.view, "default/@v") == Route(("b",), "default/n")
+    world.vmodel("m", "n")
+    assert route_at(world.view, "default/m") == Route(("a",))
+    assert route_at(world.view, "default/@m") == Route(("b",), "default/n")
+    # An active model that is not loaded is found by the gateway.
+    world.delete(KEYS.copy("default", "n", "b"))
+    assert set(all_routes(world.view)) == {"default/m"}
+
+
+class NotingDoor:
+    """Keeps what a front door would route."""
+
+    def __init__(self) -> None:
+        self.routes: dict[str, Route] = {}
+
+    def set_route(self, name, instances, model=""):
+        self.routes[name] = Route(tuple(instances), model)
+
+    def del_route(self, name):
+        del self.routes[name]
+
+    def set_instance(self, instance, address):
+        pass
+
+    def remove_instance(self, instance):
+        pass
+
+
+def test_the_door_is_told_of_every_change_that_moves_a_vmodel(world):
+    door = NotingDoor()
+    follower = RoutesFollower(world.view, door)
+    history = [
+        lambda: world.vmodel("v", "m"),
+        lambda: world.copy("m", "a"),
+        lambda: world.model("n"),
+        lambda: world.vmodel("v", "m", "n"),
+        lambda: world.copy("n", "b"),
+        lambda: world.vmodel("v", "n"),
+        lambda: world.model("v"),
+        lambda: world.copy("v", "a"),
+        lambda: world.instance("b", draining=True),
+        lambda: world.instance("b"),
+        lambda: world.delete(KEYS.model("default", "v")),
+        lambda: world.vmodel("w", "n"),
+        lambda: world.delete(KEYS.instance("b")),
+        lambda: world.instance("b"),
+        lambda: world.delete(KEYS.vmodel("default", "v")),
+    ]
+    for step in history:
+        follower.see(step())
+        assert door.routes == all_routes(world.view)
+    assert door.routes["default/@w"] == Route(("b",), "default/n")
+    follower.add("default/n", "a")
+    assert door.routes["default/@w"] == door.routes["default/w"] == Route(("a", "b"), "default/n")
+    follower.drop_vmodel("default/w", ["default/n"])
+    assert set(door.routes) == {"default/m"}
 
 
 def status(world, **fields):
@@ -183,7 +260,21 @@ class FakeRequest:
         (b"/v2/models/m/infer", {b"x-raymesh-model": b"t/"}, InvalidInput),
         (b"/v2/models//infer", {}, InvalidInput),
         (b"/v2/models/m/infer", {b"x-raymesh-model": b"t/../m"}, ModelNotFound),
-        (b"/v2/models/m/infer", {b"mm-vmodel-id": b"v"}, RequestError),
+        (b"/v2/models/m/infer", {b"mm-model-id-bin": b"bg"}, "default/n"),
+        (b"/v2/models/m/infer", {b"mm-model-id-bin": b"bg=="}, "default/n"),
+        (b"/v2/models/m/infer", {b"mm-model-id": b"n", b"mm-model-id-bin": b"bg"}, "default/n"),
+        (b"/v2/models/m/infer", {b"tas-model-id": b"n"}, "default/n"),
+        (b"/v2/models/m/infer", {b"mm-model-id-bin": b"?"}, InvalidInput),
+        (b"/v2/models/m/infer", {b"mm-model-id-bin": b"/w=="}, InvalidInput),
+        (b"/v2/models/m/infer", {b"mm-model-id": b""}, InvalidInput),
+        (b"/v2/models/m/infer", {b"mm-vmodel-id": b"v"}, Asked("default/v", True)),
+        (b"/v2/models/m/infer", {b"mm-vmodel-id-bin": b"dg"}, Asked("default/v", True)),
+        # As a stale route brings it back.
+        (b"/", {b"x-raymesh-vmodel": b"t/v", b"x-raymesh-model": b"t/m"}, Asked("t/v", True)),
+        (b"/v2/models/m/infer", {b"mm-vmodel-id": b""}, InvalidInput),
+        (b"/v2/models/m/infer", {b"mm-vmodel-id": b"v", b"mm-model-id": b"n"}, InvalidInput),
+        (b"/v2/models/m/infer", {b"mm-vmodel-id-bin": b"dg", b"tas-model-id": b"n"}, InvalidInput),
+        (b"/v2/models/m/infer", {b"mm-vmodel-id": b"a/b"}, VModelNotFound),
         (b"/v2/models", {}, RequestError),
         (b"/", {b"content-type": b"application/grpc+proto"}, RequestError),
     ],
@@ -191,7 +282,9 @@ class FakeRequest:
 def test_which_model_a_request_is_for(target, headers, expected):
     request = FakeRequest(target, headers)
     if isinstance(expected, str):
-        assert model_name(request, bytes_max=100) == expected
+        expected = Asked(expected)
+    if isinstance(expected, Asked):
+        assert asked_for(request, bytes_max=100) == expected
     else:
         with pytest.raises(expected):
-            model_name(request, bytes_max=100)
+            asked_for(request, bytes_max=100)
