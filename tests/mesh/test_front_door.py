@@ -332,7 +332,7 @@ def test_a_vmodel_goes_straight_to_its_active_model(tmp_path: Path) -> None:
 
         async def check(server: str, model: str, vmodel: str | None, path: str, **headers: str) -> None:
             assert await here.server_of(f"/v2/models/{path}/infer", **headers) == server
-            seen = (here.runtimes[server] if server in here.runtimes else here.gateway).seen[-1].headers
+            seen = here.runtimes.get(server, here.gateway).seen[-1].headers
             assert (seen.get("x-raymesh-model", ""), seen.get("x-raymesh-vmodel")) == (model, vmodel)
 
         await check("r1", "default/m1", "default/v", "v")

@@ -114,6 +114,13 @@ def test_answers_for_tritons_grpc_client(tensors: dict[str, Array], request_id: 
         message = grpc_message(encoder.encode(tensors, request_id))
         response = tritonclient.grpc.service_pb2.ModelInferResponse.FromString(message)
         assert (response.model_name, response.model_version, response.id) == ("m", "1", request_id)
+        # By another name for who asked by that, whatever was encoded before and is after.
+        aliased = tritonclient.grpc.service_pb2.ModelInferResponse.FromString(
+            grpc_message(encoder.encode(tensors, request_id, alias="v"))
+        )
+        assert aliased.model_name == "v"
+        assert aliased.outputs == response.outputs
+        assert aliased.raw_output_contents == response.raw_output_contents
         result = tritonclient.grpc.InferResult(response)
         for name, array in tensors.items():
             have = result.as_numpy(name)
