@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from raymesh.mesh import client_tensors
-from raymesh.mesh.client import AsyncClient, Client, CopyInfo, MeshError, ModelSpec, ModelStatus, VModelStatus
+from raymesh.mesh.client import AsyncClient, Client, CopyInfo, MeshError, ModelSpec, ModelStatus
 from raymesh.registry.protos import Messages
 from raymesh.runtimes import oip as server_codec
 from raymesh.runtimes.errors import Code, Reason
@@ -36,8 +36,6 @@ class FakeMesh:
 
     def __init__(self) -> None:
         self.models: dict[str, tuple[str, str, str]] = {}
-        #: The last `setVModel` request of each vmodel.
-        self.vmodels: dict[str, Any] = {}
         self.calls: list[str] = []
         #: Failures to answer next calls with: (gRPC code, message, metadata).
         self.faults: list[tuple[grpc.StatusCode, str, dict[str, str]]] = []
@@ -83,9 +81,6 @@ class FakeMesh:
             "unregisterModel": (self.unregister, mmesh.UnregisterModelRequest),
             "getModelStatus": (self.status, mmesh.GetStatusRequest),
             "ensureLoaded": (self.status, mmesh.EnsureLoadedRequest),
-            "setVModel": (self.set_vmodel, mmesh.SetVModelRequest),
-            "deleteVModel": (self.delete_vmodel, mmesh.DeleteVModelRequest),
-            "getVModelStatus": (self.vmodel_status, mmesh.GetVModelStatusRequest),
         }
         inference = {
             "ModelInfer": (self.infer, oip.ModelInferRequest),
@@ -127,26 +122,6 @@ class FakeMesh:
             return mmesh.ModelStatusInfo(status=0, errors=["no such model"])
         answer = mmesh.ModelStatusInfo(status=3)
         answer.modelCopyInfos.add(location="i1", copyStatus=3, time=1_700_000_000_000)
-        return answer
-
-    def set_vmodel(self, request: Any) -> Any:
-        self.vmodels[request.vModelId] = request
-        return self.vmodel_status(request)
-
-    def delete_vmodel(self, request: Any) -> Any:
-        self.vmodels.pop(request.vModelId, None)
-        return mmesh.DeleteVModelResponse()
-
-    def vmodel_status(self, request: Any) -> Any:
-        """Always in a transition away from ``old`` that fails."""
-        vmodel = self.vmodels.get(request.vModelId)
-        if vmodel is None:
-            return mmesh.VModelStatusInfo(activeModelStatus=mmesh.ModelStatusInfo(status=0))
-        target = vmodel.targetModelId
-        answer = mmesh.VModelStatusInfo(status=3, activeModelId="old", targetModelId=target, owner=vmodel.owner)
-        answer.activeModelStatus.status = 3
-        answer.targetModelStatus.status = 4
-        answer.targetModelStatus.errors.append("no such file")
         return answer
 
     def infer(self, request: Any) -> Any:
@@ -273,28 +248,6 @@ def test_management_round_trip(mesh: FakeMesh, kind: str) -> None:
     assert call("ensure_loaded", "m").status == "LOADED"
     call("unregister", "m")
     assert call("status", "m") == ModelStatus("NOT_FOUND", ("no such model",))
-
-
-@KINDS
-def test_vmodels_round_trip(mesh: FakeMesh, kind: str) -> None:
-    call = Both(kind, mesh.target("grpc"))
-    assert call("vmodel_status", "v") == VModelStatus("NOT_FOUND")
-    new = ModelSpec("new", "file:///m.json", "xgboost", "{}")
-    status = call("set_vmodel", "v", new, owner="me", load=True, auto_delete=True, expected_target="old")
-    assert (status.status, status.active, status.target, status.owner) == ("TRANSITION_FAILED", "old", "new", "me")
-    assert status.active_status == ModelStatus("LOADED")
-    assert status.target_status == ModelStatus("LOADING_FAILED", ("no such file",))
-    request = mesh.vmodels["v"]
-    info = request.modelInfo
-    assert (info.type, info.path, info.key, request.owner) == ("xgboost", "file:///m.json", "{}", "me")
-    assert request.sync and request.loadNow and request.autoDeleteTargetModel
-    assert not request.force and not request.updateOnly
-    call("set_vmodel", "v", "newer", sync=False, force=True, update_only=True)
-    request = mesh.vmodels["v"]
-    assert not request.HasField("modelInfo") and not request.sync
-    assert request.targetModelId == "newer" and request.force and request.updateOnly
-    call("delete_vmodel", "v", owner="me")
-    assert call("vmodel_status", "v", owner="me").status == "NOT_FOUND"
 
 
 @KINDS
