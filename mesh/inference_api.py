@@ -14,14 +14,13 @@ from raymesh.mesh.grpc_service import Method, until_s
 from raymesh.mesh.model_metadata import ModelMetadata
 from raymesh.registry.keys import DEFAULT_TENANT, is_valid_id
 from raymesh.registry.protos import Messages
-from raymesh.runtimes.errors import Code, ModelNotFound, Reason, RequestError
+from raymesh.runtimes.errors import ModelNotFound
+from raymesh.runtimes.oip import MODEL_VERSION, check_version
 
 _SERVICE = "/inference.GRPCInferenceService/"
 
 #: Only what is true; clients switch features on by it.
-EXTENSIONS = ("binary_tensor_data",)
-#: A model id is one immutable version; the protocol wants a number.
-VERSION = "1"
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
 
 
 def server_version() -> str:
@@ -30,16 +29,6 @@ def server_version() -> str:
         return version("raymesh")
     except PackageNotFoundError:
         return "unknown"
-
-
-def check_version(model: str, asked: str) -> None:
-    """Raise NOT_FOUND for a version other than the one there is. An empty one means any."""
-    if asked not in {"", VERSION}:
-        raise RequestError(
-            Code.NOT_FOUND,
-            f"Request for unknown model: '{model}' version {asked} is not found; the only version is {VERSION}",
-            reason=Reason.NOT_REGISTERED,
-        )
 
 
 class InferenceApi:
@@ -79,7 +68,7 @@ class InferenceApi:
     async def model_ready(self, request: Any, context: Any) -> Any:
         """Whether a request for the model may be sent. Clients rely on it that an unknown one is no error."""
         is_ready = await self._catalog.is_model_ready(f"{DEFAULT_TENANT}/{request.name}")
-        return self._messages.ModelReadyResponse(ready=is_ready and request.version in {"", VERSION})
+        return self._messages.ModelReadyResponse(ready=is_ready and request.version in {"", MODEL_VERSION})
 
     async def model_metadata(self, request: Any, context: Any) -> Any:
         """The model's inputs and outputs; loads the model if need be."""
@@ -89,7 +78,7 @@ class InferenceApi:
         deadline_s = until_s(context, default_s=self._settings.request_timeout_s)
         known = await self._metadata.get(f"{DEFAULT_TENANT}/{request.name}", until_s=deadline_s)
         answer = self._messages.ModelMetadataResponse(
-            name=request.name, versions=[VERSION], platform=known.get("platform", "")
+            name=request.name, versions=[MODEL_VERSION], platform=known.get("platform", "")
         )
         for tensors, described in ((answer.inputs, "inputs"), (answer.outputs, "outputs")):
             for tensor in known.get(described, ()):

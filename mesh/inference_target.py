@@ -5,6 +5,8 @@ Rule of the file: the front door's word (``x-raymesh-model``) counts most; it ha
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
 from urllib.parse import unquote
 
 from google.protobuf.message import DecodeError
@@ -13,7 +15,6 @@ from raymesh.registry.keys import DEFAULT_TENANT, is_valid_id
 from raymesh.registry.protos import Messages
 from raymesh.runtimes import grpc_http1
 from raymesh.runtimes.errors import Code, InvalidInput, ModelNotFound, Reason, RequestError
-from raymesh.runtimes.http1 import Request
 
 DEFAULT_DEADLINE_REASON = "the request's deadline passed before it was answered"
 
@@ -39,12 +40,33 @@ _NOT_PASSED_ON = frozenset(
 )
 
 
-def is_grpc(request: Request) -> bool:
+class Inference(Protocol):
+    """An inference request: what came over HTTP, or an `Asked`."""
+
+    method: bytes
+    target: bytes
+    headers: dict[bytes, bytes]
+    body: bytes
+    has_left: bool
+
+
+@dataclass(slots=True)
+class Asked:
+    """An inference request of the gateway's own making: one of a stream."""
+
+    target: bytes
+    headers: dict[bytes, bytes]
+    body: bytes
+    method: bytes = b"POST"
+    has_left: bool = False
+
+
+def is_grpc(request: Inference) -> bool:
     """Whether the caller expects a gRPC answer."""
     return request.headers.get(b"content-type", b"").startswith(grpc_http1.CONTENT_TYPE)
 
 
-def model_name(request: Request, *, bytes_max: int) -> str:
+def model_name(request: Inference, *, bytes_max: int) -> str:
     """The full name, ``tenant/id``, of the model that the request is for.
 
     Raises `InvalidInput` when it names none, `ModelNotFound` when what it names cannot be a model, UNIMPLEMENTED when
@@ -73,7 +95,7 @@ def _full_name(tenant: str, model: str) -> str:
     return f"{tenant}/{model}"
 
 
-def _model_in_body(request: Request, bytes_max: int) -> str:
+def _model_in_body(request: Inference, bytes_max: int) -> str:
     if request.target.partition(b"?")[0] != grpc_http1.INFER_TARGET:
         raise RequestError(Code.UNIMPLEMENTED, "unknown method", reason=Reason.UNSUPPORTED)
     encoding = request.headers.get(b"grpc-encoding", b"identity")
@@ -84,7 +106,7 @@ def _model_in_body(request: Request, bytes_max: int) -> str:
         raise InvalidInput("the body is not a ModelInferRequest") from None
 
 
-def _model_in_path(request: Request) -> str:
+def _model_in_path(request: Inference) -> str:
     # Split before decoding: an escaped slash belongs to the name.
     parts = request.target.partition(b"?")[0].decode("latin-1").split("/")
     if len(parts) >= 5 and parts[1:3] == ["v2", "models"] and parts[-1] == "infer":
@@ -94,7 +116,7 @@ def _model_in_path(request: Request) -> str:
     raise RequestError(Code.NOT_FOUND, "no such path")
 
 
-def passed_on_headers(request: Request, *, name: str, hops: int, remaining_s: float) -> bytes:
+def passed_on_headers(request: Inference, *, name: str, hops: int, remaining_s: float) -> bytes:
     """The header lines to send with the request to a runtime, each ending in CRLF."""
     lines = [b"%b: %b\r\n" % item for item in request.headers.items() if item[0] not in _NOT_PASSED_ON]
     lines.append(b"x-raymesh-model: %b\r\nx-raymesh-hops: %d\r\n" % (name.encode(), hops))
