@@ -85,6 +85,7 @@ class Rest:
             ("POST", "/v2/repository/models/{model}/load", self.load),
             ("POST", "/v2/repository/models/{model}/unload", self.unload),
             ("GET", "/v1/models", self.v1_models),
+            ("GET", "/v1/models/{model}:{verb}", self.wrong_method),
             ("GET", "/v1/models/{model}", self.model_ready),
             ("POST", "/v1/models/{model}:explain", self.explain),
             # The front door sends inference elsewhere; here they are for whoever asks with the wrong method.
@@ -196,6 +197,10 @@ class Rest:
         message = f"model '{entry.record.id}' has no explainer"
         raise RequestError(Code.UNIMPLEMENTED, message, reason=Reason.UNSUPPORTED)
 
+    async def wrong_method(self, request: Request) -> Response:
+        """``GET`` of what is asked with ``POST``."""
+        raise HTTPException(405, headers={"allow": "POST"})
+
     async def misdirected(self, request: Request) -> Response:
         """An inference that did not come through the front door."""
         raise RequestError(Code.NOT_FOUND, "inference is not served by this listener")
@@ -265,6 +270,8 @@ def _answering(endpoint: _Endpoint) -> _Endpoint:
             return await endpoint(request)
         except RequestError as error:
             return _error(error)
+        except HTTPException:
+            raise
         except Exception:
             # Here, not in the framework: that would end the connection, and the client's next request with it.
             log.exception("%s failed", request.url.path)
