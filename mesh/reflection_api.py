@@ -54,7 +54,7 @@ class ReflectionApi:
         if kind == "file_by_filename":
             return self._file("FindFileByName", request.file_by_filename)
         if kind == "file_containing_symbol":
-            return self._file("FindFileContainingSymbol", request.file_containing_symbol)
+            return self._file("FindFileContainingSymbol", self._without_method(request.file_containing_symbol))
         if kind == "all_extension_numbers_of_type" and self._has_message(request.all_extension_numbers_of_type):
             # proto3 has no extensions.
             base = request.all_extension_numbers_of_type
@@ -62,6 +62,11 @@ class ReflectionApi:
         if kind is None:
             return _error(Code.INVALID_ARGUMENT, "the request asks for nothing")
         return _error(Code.NOT_FOUND, "not found")
+
+    def _without_method(self, symbol: str) -> str:
+        """The service of a method, for which alone the pool's search by symbol is blind; else `symbol` itself."""
+        service, _, _ = symbol.rpartition(".")
+        return service if service in self._services else symbol
 
     def _file(self, method: str, name: str) -> dict[str, Any]:
         for pool in self._pools:

@@ -29,7 +29,7 @@ def accepted(header: bytes | None) -> bytes:
         name, _, weight = part.partition(b";")
         name = name.strip()
         # `q=0` refuses; how much one of them is preferred otherwise makes no difference to us.
-        if weight.replace(b" ", b"").rstrip(b"0").rstrip(b".") not in {b"q=", b"q"}:
+        if weight.replace(b" ", b"").rstrip(b"0.") != b"q=":
             found.add(b"gzip" if name == b"*" else _NAMES.get(name, b""))
     return b"gzip" if b"gzip" in found else b"deflate" if b"deflate" in found else b""
 
