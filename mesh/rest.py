@@ -69,8 +69,7 @@ class Rest:
             exception_handlers={HTTPException: _http_error, Exception: _internal_error},
         )
         starlette.router.redirect_slashes = False
-        small = GZipMiddleware(starlette, minimum_size=JSON_BYTES_MIN, compresslevel=1)
-        self.app: ASGIApp = _TokenCheck(small, settings.internal_token)
+        self.app: ASGIApp = _TokenCheck(_Compressing(starlette), settings.internal_token)
 
     def _endpoints(self) -> list[tuple[str, str, _Endpoint]]:
         endpoints: list[tuple[str, str, _Endpoint]] = [
@@ -245,6 +244,23 @@ class Rest:
             "size_bytes": record.size_bytes,
             "instances": sorted(copy.instance for copy in status.copies if copy.status is Status.LOADED),
         }
+
+
+class _Compressing:
+    """Compresses large listings for who accepts that.
+
+    Not the answers that Triton's clients ask for: its asyncio client says it accepts gzip and cannot read it there.
+    """
+
+    PATHS = frozenset({"/v2/models", "/v1/models", "/metrics"})
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._plain = app
+        self._gzip = GZipMiddleware(app, minimum_size=JSON_BYTES_MIN, compresslevel=1)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._gzip if scope.get("path") in self.PATHS else self._plain
+        await app(scope, receive, send)
 
 
 class _TokenCheck:

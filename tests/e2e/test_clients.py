@@ -1,5 +1,6 @@
 """Everything the published clients can ask of a server, asked of a real mesh: loaded, cold and unloaded models."""
 
+import asyncio
 import gzip
 import http.client
 import json
@@ -101,6 +102,31 @@ def test_tritonclient_http(mesh: Mesh, registered: Registered) -> None:
     with pytest.raises(triton.InferenceServerException, match="no such path"):
         server.get_log_settings()
     server.close()
+
+
+def test_tritonclient_asyncio(mesh: Mesh, registered: Registered) -> None:
+    import tritonclient.grpc.aio
+    import tritonclient.http.aio
+
+    model = registered()
+    rows = np.repeat(model.rows, 1000, axis=0)
+
+    async def ask_all(triton: Any) -> None:
+        async with triton.InferenceServerClient(mesh.target) as server:
+            tensor = triton.InferInput("input-0", list(rows.shape), "FP32")
+            tensor.set_data_from_numpy(rows)
+            wanted = [triton.InferRequestedOutput("output-0", *([False] if triton is tritonclient.http.aio else []))]
+            answer = await server.infer(model.name, [tensor], outputs=wanted)
+            assert len(answer.as_numpy("output-0")) == len(rows)
+            assert await server.is_model_ready(model.name)
+            await server.get_model_config(model.name)
+            await server.get_inference_statistics(model.name)
+            await server.unload_model(model.name)
+            await server.load_model(model.name)
+            await server.get_model_repository_index()
+
+    asyncio.run(ask_all(tritonclient.http.aio))
+    asyncio.run(ask_all(tritonclient.grpc.aio))
 
 
 def test_tritonclient_grpc(mesh: Mesh, registered: Registered) -> None:
@@ -328,3 +354,46 @@ def test_health_and_reflection(mesh: Mesh) -> None:
         names = {service.name for service in listed.list_services_response.service}
         assert {"inference.GRPCInferenceService", "mmesh.ModelMesh", "grpc.health.v1.Health"} <= names
         assert b"ModelStreamInfer" in found.file_descriptor_response.file_descriptor_proto[0]
+
+
+def test_large_messages(mesh: Mesh, registered: Registered) -> None:
+    import tritonclient.grpc
+    import tritonclient.http
+
+    model = registered()
+    # Above what gRPC, KServe and ModelMesh allow by default (4, 8, 16 MiB).
+    rows = np.tile(model.rows, (20 * 2**20 // model.rows.nbytes + 1, 1))
+    over = np.zeros((66 << 20, 1), np.uint8)
+    for triton in (tritonclient.grpc, tritonclient.http):
+        server = triton.InferenceServerClient(mesh.target)
+        tensor = triton.InferInput("input-0", list(rows.shape), "FP32").set_data_from_numpy(rows)
+        check(model, server.infer(model.name, [tensor]).as_numpy("output-0")[: len(model.rows)])
+        tensor = triton.InferInput("input-0", list(over.shape), "UINT8").set_data_from_numpy(over)
+        with pytest.raises(triton.InferenceServerException, match="message_bytes_max"):
+            server.infer(model.name, [tensor])
+        assert server.is_server_ready()
+        server.close()
+
+
+def test_keepalive_pings_without_calls(mesh: Mesh) -> None:
+    oip = Messages("raymesh.runtimes", "oip")
+    options = [
+        ("grpc.keepalive_time_ms", 100),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_time_between_pings_ms", 100),
+    ]
+    with grpc.insecure_channel(mesh.target, options=options) as channel:
+        live = channel.unary_unary(
+            "/inference.GRPCInferenceService/ServerLive",
+            oip.ServerLiveRequest.SerializeToString,
+            oip.ServerLiveResponse.FromString,
+        )
+        changes: queue.Queue[grpc.ChannelConnectivity] = queue.Queue()
+        assert live(oip.ServerLiveRequest(), timeout=10).live
+        channel.subscribe(changes.put)
+        # A server that minds sends GOAWAY after a few pings, and the connection goes.
+        with pytest.raises(queue.Empty):
+            while True:
+                assert changes.get(timeout=3) is grpc.ChannelConnectivity.READY
+        assert live(oip.ServerLiveRequest(), timeout=10).live
