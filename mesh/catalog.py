@@ -48,9 +48,13 @@ class Catalog:
         #: Records read that are newer than the view's, until the view moves on.
         self._newer: dict[str, ModelEntry] = {}
         self._turn = 0
+        #: Set, and replaced, at every change of the view.
+        self._changed = asyncio.Event()
 
     def see(self, changes: Iterable[Change]) -> None:
         """Follow the view."""
+        self._changed.set()
+        self._changed = asyncio.Event()
         self.fresh.see(changes)
         if self._deletions or self._newer:
             for change in changes:
@@ -215,6 +219,28 @@ class Catalog:
         instances = {self.view.keys.read_copy(kv.key).instance for kv in listing.items} | set(self.view.copies_of(name))
         await asyncio.gather(*(self._unload(tenant, model, instance) for instance in sorted(instances)))
         await self._wait_for_view(name, generation)
+
+    async def unload(self, entry: ModelEntry) -> None:
+        """Have every copy of a model unloaded; it stays registered, and comes back when somebody asks for it.
+
+        Raises UNAVAILABLE when a runtime does not let go of it in time.
+        """
+        tenant, _, model = entry.record.name.partition("/")
+        instances = set(self.view.copies_of(entry.record.name)) | {placed.instance for placed in self.holders(entry)}
+        for instance in instances:
+            self.fresh.forget(entry.record.name, instance)
+        await asyncio.gather(*(self._unload(tenant, model, instance) for instance in sorted(instances)))
+        try:
+            async with asyncio.timeout(VIEW_TIMEOUT_S):
+                while self.view.copies_of(entry.record.name).keys() & instances:
+                    await self.next_change()
+        except TimeoutError:
+            message = f"failed to unload '{model}', a runtime did not answer in time; try again"
+            raise Unavailable(message, reason=Reason.NO_INSTANCE) from None
+
+    async def next_change(self) -> None:
+        """Return at the view's next change."""
+        await self._changed.wait()
 
     async def _delete(self, key: str) -> int:
         """Delete a model's key. Its generation, 0 when there was none. FAILED_PRECONDITION when a vmodel has it."""

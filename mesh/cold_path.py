@@ -14,7 +14,14 @@ from collections.abc import Callable
 from raymesh.mesh.catalog import Catalog
 from raymesh.mesh.config import Settings
 from raymesh.mesh.fresh_copies import Placed
-from raymesh.mesh.inference_target import DEFAULT_DEADLINE_REASON, asked_for, is_grpc, passed_on_headers
+from raymesh.mesh.inference_target import (
+    DEFAULT_DEADLINE_REASON,
+    Asked,
+    Inference,
+    asked_for,
+    is_grpc,
+    passed_on_headers,
+)
 from raymesh.mesh.metrics import GatewayMetrics
 from raymesh.mesh.placing import Placing
 from raymesh.mesh.vmodels import VModels
@@ -72,6 +79,16 @@ class ColdPath:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def ask(self, request: Asked, *, until_s: float) -> RawAnswer:
+        """The answer to a request of the gateway's own, by `until_s` (loop time). Raises why there is none."""
+        try:
+            async with asyncio.timeout_at(until_s):
+                answer, _ = await self._pass_on(request, until_s)
+        except TimeoutError:
+            raise RequestError(Code.DEADLINE_EXCEEDED, DEFAULT_DEADLINE_REASON, reason=Reason.DEADLINE) from None
+        assert answer is not None  # only callers who leave get none
+        return answer
+
     async def _serve(self, request: Request) -> None:
         """Answer one request, with an error if need be."""
         loop = asyncio.get_running_loop()
@@ -81,7 +98,9 @@ class ColdPath:
         outcome = "answered"
         try:
             async with asyncio.timeout_at(until_s):
-                has_waited = await self._pass_on(request, until_s)
+                answer, has_waited = await self._pass_on(request, until_s)
+            if answer is not None:
+                request.respond_raw(answer.whole(b"x-raymesh-cold: 1\r\n" if has_waited else b""))
             if has_waited:
                 outcome = "loaded"
                 self._metrics.cold_seconds.observe(loop.time() - begun_s)
@@ -97,8 +116,8 @@ class ColdPath:
             _refuse(request, RequestError(Code.INTERNAL, "internal error"))
         self._metrics.cold_requests.labels(outcome).inc()
 
-    async def _pass_on(self, request: Request, until_s: float) -> bool:
-        """Get the request answered by a runtime. Whether it had to wait for a placement."""
+    async def _pass_on(self, request: Inference, until_s: float) -> tuple[RawAnswer | None, bool]:
+        """The answer of a runtime (None when the caller has left), and whether it had to wait for a placement."""
         asked = asked_for(request, bytes_max=self._settings.message_bytes_max)
         hops = hops_of(request.headers)
         if hops >= HOPS_MAX:
@@ -126,12 +145,11 @@ class ColdPath:
                 stale -= {placed.instance}
             if request.has_left:
                 # Not forwarded: nobody would read the answer, and the model is loaded for the next one.
-                return has_waited
+                return None, has_waited
             answer = await self._forward(request, name, vmodel, placed, hops, until_s)
             reason = answer.header(b"x-raymesh-reason") if answer is not None else None
             if answer is not None and reason not in _NOT_HERE:
-                request.respond_raw(answer.whole(b"x-raymesh-cold: 1\r\n" if has_waited else b""))
-                return has_waited
+                return answer, has_waited
             self._catalog.fresh.forget(name, placed.instance)
             if reason == Reason.NOT_LOADED.encode():
                 # Evicted since: that instance is as good as any to load it again.
@@ -149,7 +167,7 @@ class ColdPath:
         return placed
 
     async def _forward(
-        self, request: Request, name: str, vmodel: str, placed: Placed, hops: int, until_s: float
+        self, request: Inference, name: str, vmodel: str, placed: Placed, hops: int, until_s: float
     ) -> RawAnswer | None:
         """The runtime's answer; None when it is gone. An inference may be repeated, so a lost answer is no harm."""
         remaining_s = until_s - asyncio.get_running_loop().time()

@@ -27,7 +27,7 @@ _NAME_BYTES = 200
 _ERRORS: dict[int, tuple[str, int]] = {
     400: ("malformed request", 3),
     408: ("the request did not arrive in time", 4),
-    413: ("request body is larger than the limit of {body_bytes_max} bytes", 8),
+    413: ("request body is larger than the limit of {body_bytes_max} bytes; raise message_bytes_max to accept it", 8),
     500: ("internal error in the front door", 13),
     502: ("the server broke off its answer; try again", 14),
     503: ("no server can take this request now; try again", 14),
@@ -166,7 +166,6 @@ frontend door
     acl v2_infer_end path_end /infer
     acl v1_infer path_beg /v1/models/
     acl v1_infer_end path_end :predict
-    acl versioned path,field(5,/) versions
     acl has_id var(txn.id) -m found
     # \\z, not $: that would let a newline through, and this guards a header.
     acl valid_id var(txn.id) -m reg '{id_pattern}\\z'
@@ -206,9 +205,7 @@ if grpc_infer !has_id !has_vid {{ req.body,bytes(0,1),hex 00 }}
     http-request set-header x-raymesh-model %[var(txn.key)] if has_id
     http-request set-header x-raymesh-vmodel %[var(txn.tenant),concat(/,txn.vid)] if has_vid
     http-request set-var(txn.key) var(txn.tenant),concat(/@,txn.vid) if has_vid
-    # Runtimes speak the v2 protocol; versions and v1 are translated by the gateway.
-    http-request set-var(txn.srv) var(txn.key),lua.route \
-if {{ var(txn.key) -m found }} !versioned !{{ var(txn.infer) -m str v1 }}
+    http-request set-var(txn.srv) var(txn.key),lua.route if {{ var(txn.key) -m found }}
     # A route that leads through a vmodel says to which model: "server:tenant/model". The vmodel may be named like a
     # model, in a path or a body.
     acl by_vmodel var(txn.srv) -m sub :

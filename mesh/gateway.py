@@ -22,18 +22,24 @@ from raymesh.mesh.config import Settings
 from raymesh.mesh.fresh_copies import Placed
 from raymesh.mesh.front_door import FrontDoor, FrontDoorError, fds_max
 from raymesh.mesh.front_door_config import FrontDoorConfig
-from raymesh.mesh.grpc_service import Services
+from raymesh.mesh.grpc_service import AnyMethod, Services
+from raymesh.mesh.health_api import HealthApi
 from raymesh.mesh.inference_api import InferenceApi
 from raymesh.mesh.management import Management
 from raymesh.mesh.metrics import GatewayMetrics
 from raymesh.mesh.model_metadata import ModelMetadata
+from raymesh.mesh.model_repository import ModelRepository
 from raymesh.mesh.placing import Placing
+from raymesh.mesh.reflection_api import ReflectionApi
+from raymesh.mesh.repository_api import RepositoryApi
 from raymesh.mesh.rest import Rest
 from raymesh.mesh.routes_follow import Door, RoutesFollower
+from raymesh.mesh.stream_infer import StreamInfer
 from raymesh.mesh.vmodel_api import VModelApi
 from raymesh.mesh.vmodels import VModels
 from raymesh.registry.follow import follow
 from raymesh.registry.keys import Keys
+from raymesh.registry.protos import Messages
 from raymesh.registry.records import GatewayRecord
 from raymesh.registry.session import Session
 from raymesh.registry.store import Store
@@ -87,7 +93,10 @@ class Gateway:
             in_force=self._routes_in_force,
         )
         self._inference = InferenceApi(settings, catalog, self._vmodels, metadata)
-        self._rest = _RestServer(Rest(settings, catalog, self._vmodels, placing, metadata, self.metrics).app)
+        repository = ModelRepository(catalog, self._vmodels, placing, metadata, self._upstreams, self._note_placed)
+        self._repository = RepositoryApi(settings, repository)
+        self._streams = StreamInfer(settings, self._cold)
+        self._rest = _RestServer(Rest(settings, catalog, placing, metadata, repository, self.metrics).app)
         self._data = HttpServer(self._cold.handle, body_bytes_max=settings.message_bytes_max + BODY_MARGIN_BYTES)
         self._grpc: grpc.aio.Server | None = None
         self._grpc_port = 0
@@ -171,7 +180,17 @@ class Gateway:
                 ("grpc.so_reuseport", 0),
             ]
         )
-        methods = {**self._management.methods(), **self._vmodel_api.methods(), **self._inference.methods()}
+        described = [Messages("raymesh.runtimes", "oip"), Messages("raymesh.mesh", "mmesh")]
+        reflection = ReflectionApi([*described, Messages("raymesh.mesh", "health")])
+        methods: dict[str, AnyMethod] = {
+            **self._management.methods(),
+            **self._vmodel_api.methods(),
+            **self._inference.methods(),
+            **self._repository.methods(),
+            **self._streams.methods(),
+            **HealthApi(self._catalog, reflection.services).methods(),
+            **reflection.methods(),
+        }
         self._grpc.add_generic_rpc_handlers((Services(methods, token=self._settings.internal_token),))
         self._grpc_port = self._grpc.add_insecure_port(f"{self._host}:0")
         await self._grpc.start()

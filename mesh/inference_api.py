@@ -12,17 +12,16 @@ from raymesh.mesh.catalog import Catalog
 from raymesh.mesh.config import Settings
 from raymesh.mesh.grpc_service import Method, until_s
 from raymesh.mesh.model_metadata import ModelMetadata
-from raymesh.mesh.vmodels import Asked, VModels
+from raymesh.mesh.vmodels import Named, VModels
 from raymesh.registry.keys import DEFAULT_TENANT, is_valid_id
 from raymesh.registry.protos import Messages
-from raymesh.runtimes.errors import Code, ModelNotFound, Reason, RequestError
+from raymesh.runtimes.errors import ModelNotFound
+from raymesh.runtimes.oip import MODEL_VERSION, check_version
 
 _SERVICE = "/inference.GRPCInferenceService/"
 
 #: Only what is true; clients switch features on by it.
-EXTENSIONS = ("binary_tensor_data",)
-#: A model id is one immutable version; the protocol wants a number.
-VERSION = "1"
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
 
 
 def server_version() -> str:
@@ -31,16 +30,6 @@ def server_version() -> str:
         return version("raymesh")
     except PackageNotFoundError:
         return "unknown"
-
-
-def check_version(model: str, asked: str) -> None:
-    """Raise NOT_FOUND for a version other than the one there is. An empty one means any."""
-    if asked not in {"", VERSION}:
-        raise RequestError(
-            Code.NOT_FOUND,
-            f"Request for unknown model: '{model}' version {asked} is not found; the only version is {VERSION}",
-            reason=Reason.NOT_REGISTERED,
-        )
 
 
 class InferenceApi:
@@ -82,7 +71,7 @@ class InferenceApi:
         """Whether a request for the model may be sent. Clients rely on it that an unknown one is no error."""
         entry = await self._vmodels.model_behind(f"{DEFAULT_TENANT}/{request.name}")
         is_ready = entry is not None and await self._catalog.is_model_ready(entry.record.name)
-        return self._messages.ModelReadyResponse(ready=is_ready and request.version in {"", VERSION})
+        return self._messages.ModelReadyResponse(ready=is_ready and request.version in {"", MODEL_VERSION})
 
     async def model_metadata(self, request: Any, context: Any) -> Any:
         """The model's inputs and outputs; loads the model if need be."""
@@ -90,10 +79,10 @@ class InferenceApi:
             raise ModelNotFound(request.name)
         check_version(request.name, request.version)
         deadline_s = until_s(context, default_s=self._settings.request_timeout_s)
-        resolved = await self._vmodels.resolve(Asked(f"{DEFAULT_TENANT}/{request.name}"))
+        resolved = await self._vmodels.resolve(Named(f"{DEFAULT_TENANT}/{request.name}"))
         known = await self._metadata.get(resolved.entry.record.name, until_s=deadline_s)
         answer = self._messages.ModelMetadataResponse(
-            name=request.name, versions=[VERSION], platform=known.get("platform", "")
+            name=request.name, versions=[MODEL_VERSION], platform=known.get("platform", "")
         )
         for tensors, described in ((answer.inputs, "inputs"), (answer.outputs, "outputs")):
             for tensor in known.get(described, ()):

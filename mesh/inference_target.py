@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import base64
 import binascii
+from dataclasses import dataclass
+from typing import Protocol
 from urllib.parse import unquote
 
 from google.protobuf.message import DecodeError
 
-from raymesh.mesh.vmodels import Asked, VModelNotFound
+from raymesh.mesh.vmodels import Named, VModelNotFound
 from raymesh.registry.keys import DEFAULT_TENANT, is_valid_id
 from raymesh.registry.protos import Messages
 from raymesh.runtimes import grpc_http1
 from raymesh.runtimes.errors import Code, InvalidInput, ModelNotFound, Reason, RequestError
-from raymesh.runtimes.http1 import Request
 
 DEFAULT_DEADLINE_REASON = "the request's deadline passed before it was answered"
 
 #: Headers that name a model and a vmodel, the one that counts first; as ModelMesh's, its predecessor's included.
 _MODEL_HEADERS = (b"mm-model-id", b"mm-model-id-bin", b"tas-model-id")
 _VMODEL_HEADERS = (b"mm-vmodel-id", b"mm-vmodel-id-bin")
+NAMING_HEADERS = frozenset(_MODEL_HEADERS + _VMODEL_HEADERS)
 
 _OIP = Messages("raymesh.runtimes", "oip")
 
@@ -47,12 +49,33 @@ _NOT_PASSED_ON = frozenset(
 )
 
 
-def is_grpc(request: Request) -> bool:
+class Inference(Protocol):
+    """An inference request: what came over HTTP, or an `Asked`."""
+
+    method: bytes
+    target: bytes
+    headers: dict[bytes, bytes]
+    body: bytes
+    has_left: bool
+
+
+@dataclass(slots=True)
+class Asked:
+    """An inference request of the gateway's own making: one of a stream."""
+
+    target: bytes
+    headers: dict[bytes, bytes]
+    body: bytes
+    method: bytes = b"POST"
+    has_left: bool = False
+
+
+def is_grpc(request: Inference) -> bool:
     """Whether the caller expects a gRPC answer."""
     return request.headers.get(b"content-type", b"").startswith(grpc_http1.CONTENT_TYPE)
 
 
-def asked_for(request: Request, *, bytes_max: int) -> Asked:
+def asked_for(request: Inference, *, bytes_max: int) -> Named:
     """What the request is for.
 
     A vmodel when it says so in a header. Else what `model_name` says, which may turn out to be a vmodel's name too.
@@ -61,13 +84,13 @@ def asked_for(request: Request, *, bytes_max: int) -> Asked:
     routed = request.headers.get(b"x-raymesh-vmodel")
     if routed is not None:
         # Said by the front door, or by a runtime that passed on what a stale route had brought it.
-        return Asked(_vmodel_name(*routed.decode("latin-1").partition("/")[::2]), is_vmodel=True)
+        return Named(_vmodel_name(*routed.decode("latin-1").partition("/")[::2]), is_vmodel=True)
     given = _id_in(request, _VMODEL_HEADERS)
     if given is None:
-        return Asked(model_name(request, bytes_max=bytes_max))
+        return Named(model_name(request, bytes_max=bytes_max))
     if _id_in(request, _MODEL_HEADERS) is not None:
         raise InvalidInput("the request's headers name both a model and a vmodel; give one of them")
-    return Asked(_vmodel_name(DEFAULT_TENANT, given), is_vmodel=True)
+    return Named(_vmodel_name(DEFAULT_TENANT, given), is_vmodel=True)
 
 
 def _vmodel_name(tenant: str, vmodel: str) -> str:
@@ -78,7 +101,7 @@ def _vmodel_name(tenant: str, vmodel: str) -> str:
     return f"{tenant}/{vmodel}"
 
 
-def _id_in(request: Request, names: tuple[bytes, ...]) -> str | None:
+def _id_in(request: Inference, names: tuple[bytes, ...]) -> str | None:
     """The id in the first of these headers that is there; those that end in ``-bin`` are base64 of UTF-8."""
     for name in names:
         value = request.headers.get(name)
@@ -94,7 +117,7 @@ def _id_in(request: Request, names: tuple[bytes, ...]) -> str | None:
     return None
 
 
-def model_name(request: Request, *, bytes_max: int) -> str:
+def model_name(request: Inference, *, bytes_max: int) -> str:
     """The full name, ``tenant/id``, of the model that the request is for.
 
     Raises `InvalidInput` when it names none, `ModelNotFound` when what it names cannot be a model, UNIMPLEMENTED when
@@ -120,7 +143,7 @@ def _full_name(tenant: str, model: str) -> str:
     return f"{tenant}/{model}"
 
 
-def _model_in_body(request: Request, bytes_max: int) -> str:
+def _model_in_body(request: Inference, bytes_max: int) -> str:
     if request.target.partition(b"?")[0] != grpc_http1.INFER_TARGET:
         raise RequestError(Code.UNIMPLEMENTED, "unknown method", reason=Reason.UNSUPPORTED)
     encoding = request.headers.get(b"grpc-encoding", b"identity")
@@ -131,7 +154,7 @@ def _model_in_body(request: Request, bytes_max: int) -> str:
         raise InvalidInput("the body is not a ModelInferRequest") from None
 
 
-def _model_in_path(request: Request) -> str:
+def _model_in_path(request: Inference) -> str:
     # Split before decoding: an escaped slash belongs to the name.
     parts = request.target.partition(b"?")[0].decode("latin-1").split("/")
     if len(parts) >= 5 and parts[1:3] == ["v2", "models"] and parts[-1] == "infer":
@@ -141,7 +164,7 @@ def _model_in_path(request: Request) -> str:
     raise RequestError(Code.NOT_FOUND, "no such path")
 
 
-def passed_on_headers(request: Request, *, name: str, vmodel: str, hops: int, remaining_s: float) -> bytes:
+def passed_on_headers(request: Inference, *, name: str, vmodel: str, hops: int, remaining_s: float) -> bytes:
     """The header lines to send with the request to a runtime, each ending in CRLF.
 
     `name` is the model's full name; `vmodel` the vmodel's that led to it, which the answer is to name, or "".

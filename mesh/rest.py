@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -21,24 +22,24 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from raymesh.mesh.catalog import Catalog
 from raymesh.mesh.config import Settings
-from raymesh.mesh.inference_api import EXTENSIONS, VERSION, check_version, server_version
+from raymesh.mesh.inference_api import EXTENSIONS, server_version
 from raymesh.mesh.metrics import GatewayMetrics
 from raymesh.mesh.model_metadata import ModelMetadata
+from raymesh.mesh.model_repository import ModelRepository
 from raymesh.mesh.model_status import Status
 from raymesh.mesh.placing import Placing
-from raymesh.mesh.vmodels import Asked, VModels
-from raymesh.registry.keys import DEFAULT_TENANT, is_valid_id
+from raymesh.mesh.repository_api import check_load_parameters
+from raymesh.registry.keys import DEFAULT_TENANT
 from raymesh.registry.view import ModelEntry
-from raymesh.runtimes.errors import Code, InvalidInput, ModelNotFound, Reason, RequestError
+from raymesh.runtimes.content_encoding import JSON_BYTES_MIN, decode_body
+from raymesh.runtimes.errors import Code, InvalidInput, Reason, RequestError, TooLarge
+from raymesh.runtimes.oip import MODEL_VERSION
 
 log = logging.getLogger(__name__)
 
 #: Models in one page of a listing.
 PAGE_DEFAULT = 100
 PAGE_MAX = 1000
-
-#: Triton's words for a model's state, which clients of the repository index know.
-_INDEX_STATES = {Status.LOADED: "READY", Status.LOADING: "LOADING"}
 
 _Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -50,37 +51,59 @@ class Rest:
         self,
         settings: Settings,
         catalog: Catalog,
-        vmodels: VModels,
         placing: Placing,
         metadata: ModelMetadata,
+        repository: ModelRepository,
         metrics: GatewayMetrics,
     ) -> None:
         self._settings = settings
+        self._repository = repository
         self._catalog = catalog
-        self._vmodels = vmodels
         self._placing = placing
         self._metadata = metadata
         self._metrics = metrics
-        model = "/v2/models/{model}"
-        routes = [
-            Route("/v2", self.server, methods=["GET"]),
-            Route("/v2/", self.server, methods=["GET"]),
-            Route("/v2/health/live", self.live, methods=["GET"]),
-            Route("/v2/health/ready", self.ready, methods=["GET"]),
-            Route("/v2/models", self.models, methods=["GET"]),
-            Route(model, self.model, methods=["GET"]),
-            Route(model + "/ready", self.model_ready, methods=["GET"]),
-            Route(model + "/versions/{version}", self.model, methods=["GET"]),
-            Route(model + "/versions/{version}/ready", self.model_ready, methods=["GET"]),
-            Route("/v2/repository/index", self.index, methods=["POST"]),
-            Route("/metrics", self.metrics, methods=["GET"]),
-        ]
         starlette = Starlette(
-            routes=[Route(route.path, _answering(route.endpoint), methods=route.methods) for route in routes],
+            routes=[
+                Route(path, _answering(endpoint), methods=[method]) for method, path, endpoint in self._endpoints()
+            ],
             exception_handlers={HTTPException: _http_error, Exception: _internal_error},
         )
         starlette.router.redirect_slashes = False
-        self.app: ASGIApp = _TokenCheck(starlette, settings.internal_token)
+        self.app: ASGIApp = _TokenCheck(_Compressing(starlette), settings.internal_token)
+
+    def _endpoints(self) -> list[tuple[str, str, _Endpoint]]:
+        endpoints: list[tuple[str, str, _Endpoint]] = [
+            ("GET", "/", self.alive),
+            ("GET", "/v2", self.server),
+            ("GET", "/v2/", self.server),
+            ("GET", "/v2/health/live", self.live),
+            ("GET", "/v2/health/ready", self.ready),
+            ("GET", "/v2/models", self.models),
+            ("GET", "/v2/models/stats", self.statistics),
+            ("POST", "/v2/repository/index", self.index),
+            ("POST", "/v2/repository/models/{model}/load", self.load),
+            ("POST", "/v2/repository/models/{model}/unload", self.unload),
+            ("GET", "/v1/models", self.v1_models),
+            ("GET", "/v1/models/{model}:{verb}", self.wrong_method),
+            ("GET", "/v1/models/{model}", self.model_ready),
+            ("POST", "/v1/models/{model}:explain", self.explain),
+            # The front door sends inference elsewhere; here they are for whoever asks with the wrong method.
+            ("POST", "/v1/models/{model}:predict", self.misdirected),
+            ("GET", "/metrics", self.metrics),
+        ]
+        for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+            endpoints += [
+                ("GET", prefix, self.model),
+                ("GET", prefix + "/ready", self.model_ready),
+                ("GET", prefix + "/config", self.config),
+                ("GET", prefix + "/stats", self.statistics),
+                ("POST", prefix + "/infer", self.misdirected),
+            ]
+        return endpoints
+
+    async def alive(self, request: Request) -> Response:
+        """``GET /``: what V1 clients take for liveness."""
+        return _json({"status": "alive"})
 
     async def server(self, request: Request) -> Response:
         """``GET /v2``: name, version, extensions."""
@@ -107,42 +130,109 @@ class Rest:
 
     async def model(self, request: Request) -> Response:
         """``GET /v2/models/{m}``: inputs and outputs; loads the model if need be."""
-        model = _model_in(request)
-        until_s = asyncio.get_running_loop().time() + self._settings.request_timeout_s
-        resolved = await self._vmodels.resolve(Asked(f"{DEFAULT_TENANT}/{model}"))
-        known = await self._metadata.get(resolved.entry.record.name, until_s=until_s)
-        return _json({**known, "name": model, "versions": [VERSION]})
+        entry = await self._find(request)
+        known = await self._metadata.get(entry.record.name, until_s=self._until_s(self._settings.request_timeout_s))
+        described = {key: known[key] for key in ("platform", "inputs", "outputs") if key in known}
+        return _json({"name": _asked_name(request), "versions": [MODEL_VERSION], **described})
 
     async def model_ready(self, request: Request) -> Response:
-        """``GET /v2/models/{m}/ready``: may be asked; with ``?strict=true``: is loaded now."""
-        model = _model_in(request)
-        entry = (await self._vmodels.resolve(Asked(f"{DEFAULT_TENANT}/{model}"))).entry
+        """``GET …/models/{m}[/ready]``: may be asked; with ``?strict=true``: is loaded now."""
+        entry = await self._find(request)
         is_ready = await self._catalog.is_model_ready(entry.record.name)
         if request.query_params.get("strict") == "true":
             is_ready = bool(self._catalog.holders(entry))
-        return _json({"name": model, "ready": is_ready}, status=200 if is_ready else 503)
+        answer: dict[str, Any] = {"name": _asked_name(request), "ready": is_ready}
+        if not is_ready:
+            answer["error"] = f"Model with name {_asked_name(request)} is not ready."
+        return _json(answer, status=200 if is_ready else 503)
+
+    async def config(self, request: Request) -> Response:
+        """``GET /v2/models/{m}/config``: as Triton describes the model; loads it if need be."""
+        model, version = request.path_params["model"], request.path_params.get("version", "")
+        until_s = self._until_s(self._settings.request_timeout_s)
+        return _json(await self._repository.config(model, version, until_s=until_s))
+
+    async def statistics(self, request: Request) -> Response:
+        """``GET /v2/models/{m}/stats`` and ``/v2/models/stats``: what one model has done, or all loaded ones."""
+        counted = await self._repository.statistics(
+            request.path_params.get("model", ""), request.path_params.get("version", "")
+        )
+        return _json({"model_stats": [{**model, "batch_stats": []} for model in counted]})
 
     async def index(self, request: Request) -> Response:
         """``POST /v2/repository/index``: every model with its state, as Triton lists its repository."""
-        wants_ready = False
-        if body := await request.body():
-            try:
-                wants_ready = bool(orjson.loads(body).get("ready", False))
-            except (orjson.JSONDecodeError, AttributeError):
-                raise InvalidInput('the body must be empty or {"ready": true|false}') from None
+        body = await self._read_json(request)
+        only_ready = body.get("ready", False)
+        if not isinstance(only_ready, bool):
+            raise InvalidInput("'ready' must be true or false")
+        return _json(self._repository.index(only_ready=only_ready))
+
+    async def load(self, request: Request) -> Response:
+        """``POST /v2/repository/models/{m}/load``: have a registered model loaded."""
+        model = str(request.path_params["model"])
+        body = await self._read_json(request)
+        parameters = body.get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise InvalidInput("'parameters' must be an object")
+        check_load_parameters(model, list(parameters))
+        await self._repository.load(model, until_s=self._until_s(self._settings.load_timeout_s))
+        return _json({"name": model, "load": True})
+
+    async def unload(self, request: Request) -> Response:
+        """``POST /v2/repository/models/{m}/unload``: have every copy of a model unloaded."""
+        model = str(request.path_params["model"])
+        await self._read_json(request)
+        await self._repository.unload(model)
+        return _json({"name": model, "unload": True})
+
+    async def v1_models(self, request: Request) -> Response:
+        """``GET /v1/models``: all names."""
         entries = self._catalog.page(DEFAULT_TENANT, after="", limit=len(self._catalog.view.models))
-        listed = []
-        for entry in entries:
-            status = self._catalog.status(entry, is_loading=self._placing.is_placing(entry.record.name))
-            state = _INDEX_STATES.get(status.status, "UNAVAILABLE")
-            if state == "READY" or not wants_ready:
-                reason = status.errors[0] if status.status is Status.LOADING_FAILED else ""
-                listed.append({"name": entry.record.id, "version": VERSION, "state": state, "reason": reason})
-        return _json(listed)
+        return _json({"models": [entry.record.id for entry in entries]})
+
+    async def explain(self, request: Request) -> Response:
+        """``POST /v1/models/{m}:explain``: no framework here has explanations."""
+        await self._find(request)
+        message = f"model '{_asked_name(request)}' has no explainer"
+        raise RequestError(Code.UNIMPLEMENTED, message, reason=Reason.UNSUPPORTED)
+
+    async def wrong_method(self, request: Request) -> Response:
+        """``GET`` of what is asked with ``POST``."""
+        raise HTTPException(405, headers={"allow": "POST"})
+
+    async def misdirected(self, request: Request) -> Response:
+        """An inference that did not come through the front door."""
+        raise RequestError(Code.NOT_FOUND, "inference is not served by this listener")
 
     async def metrics(self, request: Request) -> Response:
         """``GET /metrics`` for Prometheus."""
         return Response(self._metrics.page(), headers={"content-type": self._metrics.content_type})
+
+    async def _find(self, request: Request) -> ModelEntry:
+        return await self._repository.find(request.path_params["model"], request.path_params.get("version", ""))
+
+    @staticmethod
+    def _until_s(timeout_s: float) -> float:
+        return asyncio.get_running_loop().time() + timeout_s
+
+    async def _read_json(self, request: Request) -> dict[str, Any]:
+        """The JSON object in the request's body, ``{}`` for none. Raises `InvalidInput`, `TooLarge`."""
+        bytes_max = self._settings.message_bytes_max
+        body = bytearray()
+        # Not `request.body()`: what a chunked body grows to is only known when it is there.
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > bytes_max:
+                raise TooLarge(bytes_max, "the request body")
+        if encoding := request.headers.get("content-encoding"):
+            body = bytearray(decode_body(bytes(body), encoding.encode("latin-1"), bytes_max=bytes_max))
+        try:
+            value = orjson.loads(body) if body.strip() else {}
+        except orjson.JSONDecodeError as error:
+            raise InvalidInput(f"the request is not valid JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise InvalidInput("the body must be empty or a JSON object")
+        return value
 
     def _describe(self, entry: ModelEntry) -> dict[str, Any]:
         record = entry.record
@@ -154,6 +244,28 @@ class Rest:
             "size_bytes": record.size_bytes,
             "instances": sorted(copy.instance for copy in status.copies if copy.status is Status.LOADED),
         }
+
+
+class _Compressing:
+    """Compresses large listings for who accepts that.
+
+    Not the answers that Triton's clients ask for: its asyncio client says it accepts gzip and cannot read it there.
+    """
+
+    PATHS = frozenset({"/v2/models", "/v1/models", "/metrics"})
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._plain = app
+        self._gzip = GZipMiddleware(app, minimum_size=JSON_BYTES_MIN, compresslevel=1)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._gzip if scope.get("path") in self.PATHS else self._plain
+        await app(scope, receive, send)
+
+
+def _asked_name(request: Request) -> str:
+    """What the client calls the model: its id, or that of a vmodel."""
+    return str(request.path_params["model"])
 
 
 class _TokenCheck:
@@ -179,6 +291,12 @@ def _answering(endpoint: _Endpoint) -> _Endpoint:
             return await endpoint(request)
         except RequestError as error:
             return _error(error)
+        except HTTPException:
+            raise
+        except Exception:
+            # Here, not in the framework: that would end the connection, and the client's next request with it.
+            log.exception("%s failed", request.url.path)
+            return _json({"error": "internal error"}, status=500)
 
     return answer
 
@@ -204,14 +322,6 @@ def _http_error(request: Request, error: Exception) -> Response:
 
 def _internal_error(request: Request, error: Exception) -> Response:
     return _json({"error": "internal error"}, status=500)
-
-
-def _model_in(request: Request) -> str:
-    model = str(request.path_params["model"])
-    if not is_valid_id(model):
-        raise ModelNotFound(model)
-    check_version(model, request.path_params.get("version", ""))
-    return model
 
 
 def _limit_in(request: Request) -> int:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 VIEW_TIMEOUT_S = 1.0
 
 
-class Asked(NamedTuple):
+class Named(NamedTuple):
     """What a request names: ``tenant/id``, a vmodel's if it says so, else a model's or a vmodel's."""
 
     name: str
@@ -94,7 +94,7 @@ class VModels:
         if entry is not None and name in self._view.vmodels:
             self._newer[name] = entry
 
-    async def resolve(self, asked: Asked) -> Resolved:
+    async def resolve(self, asked: Named) -> Resolved:
         """The model that answers a request. Raises `ModelNotFound` or `VModelNotFound`."""
         name = asked.name
         if asked.is_vmodel or (name not in self._view.models and name in self._view.vmodels):
@@ -112,7 +112,7 @@ class VModels:
         if not (is_valid_id(tenant) and is_valid_id(model)):
             return None
         try:
-            return (await self.resolve(Asked(name))).entry
+            return (await self.resolve(Named(name))).entry
         except RequestError as error:
             if error.code is Code.NOT_FOUND:
                 return None

@@ -21,7 +21,8 @@ from raymesh.runtimes import oip
 from raymesh.runtimes.errors import Code, InvalidInput, Reason, RequestError
 from raymesh.runtimes.frameworks.base import LoadedModel
 from raymesh.runtimes.http1 import Request
-from raymesh.runtimes.oip import InferRequest
+from raymesh.runtimes.oip import MODEL_VERSION, InferRequest
+from raymesh.runtimes.statistics import Statistics
 from raymesh.runtimes.tensors import Array
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,6 @@ BATCH_ROWS_MAX = 256
 INLINE_MAX_S = 0.002
 #: Weight of the newest measurement in a model's mean time.
 MEAN_WEIGHT = 0.2
-
-MODEL_VERSION = "1"
 
 
 class Copy:
@@ -54,6 +53,7 @@ class Copy:
         "output_names",
         "queues",
         "requests",
+        "statistics",
     )
 
     def __init__(
@@ -75,6 +75,7 @@ class Copy:
         #: Requests accepted and not answered yet. The cache's pin is held while this is not 0.
         self.in_flight = 0
         self.requests = 0
+        self.statistics = Statistics()
         self.mean_s = 0.0
         #: A worker thread has this model now; what arrives waits in `queues`.
         self.is_computing = False
@@ -103,9 +104,10 @@ class Copy:
 class Call:
     """One accepted request: what to compute and whom to answer."""
 
-    __slots__ = ("infer", "request", "rows")
+    __slots__ = ("begun_ns", "infer", "request", "rows")
 
     def __init__(self, request: Request, infer: InferRequest, rows: int) -> None:
+        self.begun_ns = time.perf_counter_ns()
         self.request = request
         self.infer = infer
         self.rows = rows
@@ -226,31 +228,60 @@ def _split(calls: list[Call]) -> list[list[Call]]:
 
 def _compute(copy: Copy, batch: list[Call]) -> list[Answer]:
     """The answers to a batch, in order. Never raises: a failure is an answer too. Callers who left get ``b""``."""
-    started = time.perf_counter()
     calls = [c for c in batch if not c.request.has_left]
     if not calls:
         return [b""] * len(batch)
+    clock = time.perf_counter_ns
+    begun_ns = clock()
+    ready_ns = inferred_ns = begun_ns
+    results: list[_Result]
     try:
-        results: list[_Result] = list(_predict(copy, calls))
+        inputs = _merge_inputs(calls)
+        ready_ns = clock()
+        outputs = copy.model.predict(inputs, calls[0].infer.outputs)
+        inferred_ns = clock()
+        results = list(_split_outputs(calls, outputs))
     except Exception as error:
         # One request may have spoilt the batch: alone, each gets what it deserves.
         results = [_predict_alone(copy, c) for c in calls] if len(calls) > 1 else [error]
-    answers = [_encode(copy, c, r) for c, r in zip(calls, results, strict=True)]
-    copy.mean_s += MEAN_WEIGHT * (time.perf_counter() - started - copy.mean_s)
-    if len(calls) == len(batch):
+        ready_ns, inferred_ns = begun_ns, clock()
+    failed: list[Call] = []
+    answers = [_encode(copy, c, r, failed) for c, r in zip(calls, results, strict=True)]
+    ended_ns = clock()
+    copy.mean_s += MEAN_WEIGHT * ((ended_ns - begun_ns) * 1e-9 - copy.mean_s)
+    requests = len(calls)
+    if requests == 1:
+        rows, waited_ns = calls[0].rows, begun_ns - calls[0].begun_ns
+    else:
+        rows = sum([c.rows for c in calls])
+        waited_ns = requests * begun_ns - sum([c.begun_ns for c in calls])
+    copy.statistics.add_batch(
+        requests=requests,
+        failed=len(failed),
+        rows=rows,
+        waited_ns=waited_ns,
+        input_ns=ready_ns - begun_ns,
+        infer_ns=inferred_ns - ready_ns,
+        output_ns=ended_ns - inferred_ns,
+    )
+    if requests == len(batch):
         return answers
     by_call = dict(zip(calls, answers, strict=True))
     return [by_call.get(c, b"") for c in batch]
 
 
-def _predict(copy: Copy, calls: list[Call]) -> list[dict[str, Array]]:
-    """The outputs of each call, in order; raises what the model raises."""
-    model = copy.model
-    first = calls[0].infer
+def _merge_inputs(calls: list[Call]) -> dict[str, Array]:
+    """The inputs of all calls, one after the other."""
+    first = calls[0].infer.inputs
     if len(calls) == 1:
-        return [model.predict(first.inputs, first.outputs)]
-    merged = {name: np.concatenate([c.infer.inputs[name] for c in calls]) for name in first.inputs}
-    outputs = model.predict(merged, first.outputs)
+        return first
+    return {name: np.concatenate([c.infer.inputs[name] for c in calls]) for name in first}
+
+
+def _split_outputs(calls: list[Call], outputs: dict[str, Array]) -> list[dict[str, Array]]:
+    """The outputs of each call, in order. Raises `ValueError` when they are not one row per input row."""
+    if len(calls) == 1:
+        return [outputs]
     rows = sum(c.rows for c in calls)
     if any(a.shape[:1] != (rows,) for a in outputs.values()):
         raise ValueError("the model's outputs do not have one row per input row")
@@ -265,12 +296,13 @@ def _predict(copy: Copy, calls: list[Call]) -> list[dict[str, Array]]:
 
 def _predict_alone(copy: Copy, call: Call) -> _Result:
     try:
-        return _predict(copy, [call])[0]
+        return copy.model.predict(call.infer.inputs, call.infer.outputs)
     except Exception as error:
         return error
 
 
-def _encode(copy: Copy, call: Call, result: _Result) -> Answer:
+def _encode(copy: Copy, call: Call, result: _Result, failed: list[Call]) -> Answer:
+    """The answer to one call; the call is added to `failed` when that is an error."""
     infer = call.infer
     try:
         if isinstance(result, Exception):
@@ -279,10 +311,14 @@ def _encode(copy: Copy, call: Call, result: _Result) -> Answer:
             result = {name: result[name] for name in infer.outputs}
         if infer.is_grpc:
             return copy.encoder.encode(result, infer.id, alias=infer.alias)
+        if infer.encode is not None:
+            return infer.encode(result)
         return oip.encode_rest(infer.alias or copy.id, MODEL_VERSION, infer, result)
     except RequestError as error:
+        failed.append(call)
         return oip.error_answer(error, is_grpc=infer.is_grpc)
     except Exception as error:
+        failed.append(call)
         log.warning("model %s raised", copy.name, exc_info=error)
         # Only the kind of error: its text may hold paths or data of others.
         hidden = RequestError(

@@ -94,6 +94,22 @@ class InvalidInput(RequestError):
         super().__init__(Code.INVALID_ARGUMENT, message, reason=Reason.BAD_INPUT)
 
 
+class TooLarge(RequestError):
+    """A message above the limit. The message of the error says how to raise it."""
+
+    def __init__(self, bytes_max: int, what: str = "the message") -> None:
+        super().__init__(
+            Code.RESOURCE_EXHAUSTED,
+            f"{what} is larger than {bytes_max} bytes; raise message_bytes_max to accept it",
+            reason=Reason.BAD_INPUT,
+        )
+
+    @property
+    def http_status(self) -> int:
+        """413: trying again does not help."""
+        return 413
+
+
 class ModelNotFound(RequestError):
     """No such model. The wording is Triton's; published example clients check for it."""
 

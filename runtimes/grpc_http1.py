@@ -9,9 +9,9 @@ trailers-only answer: status 200, ``grpc-status`` and ``grpc-message`` as header
 from __future__ import annotations
 
 import zlib
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
-from raymesh.runtimes.errors import Code, InvalidInput, RequestError
+from raymesh.runtimes.errors import Code, InvalidInput, Reason, RequestError, TooLarge, Unavailable
 
 CONTENT_TYPE = b"application/grpc"
 INFER_TARGET = b"/inference.GRPCInferenceService/ModelInfer"
@@ -41,8 +41,8 @@ def unframe(body: bytes, *, encoding: bytes = b"identity", bytes_max: int) -> by
 def decompress(data: bytes, encoding: bytes, *, bytes_max: int) -> bytes:
     """`data` without its ``gzip`` or ``deflate`` encoding.
 
-    Raises `InvalidInput` when it is damaged or cut short, UNIMPLEMENTED for another encoding, RESOURCE_EXHAUSTED as
-    soon as it is more than `bytes_max` bytes: a bomb never goes off.
+    Raises `InvalidInput` when it is damaged or cut short, UNIMPLEMENTED for another encoding, `TooLarge` as soon as it
+    is more than `bytes_max` bytes: a bomb never goes off.
     """
     window = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}.get(encoding)
     if window is None:
@@ -55,7 +55,7 @@ def decompress(data: bytes, encoding: bytes, *, bytes_max: int) -> bytes:
     except zlib.error as error:
         raise InvalidInput(f"the compressed message is damaged: {error}") from None
     if len(plain) > bytes_max:
-        raise RequestError(Code.RESOURCE_EXHAUSTED, f"the message is larger than {bytes_max} bytes uncompressed")
+        raise TooLarge(bytes_max, "the uncompressed message")
     if not inflate.eof or inflate.unused_data:
         raise InvalidInput("the compressed message is damaged: it does not end where the stream does")
     return plain
@@ -78,6 +78,73 @@ def error_answer(error: RequestError) -> bytes:
     return (
         b"HTTP/1.1 200 OK\r\ncontent-type: application/grpc\r\ngrpc-status: %d\r\ngrpc-message: %b\r\n%b"
         b"content-length: 0\r\n\r\n" % (error.code, text, reason)
+    )
+
+
+def varint(value: int) -> bytes:
+    """A number as protobuf writes it."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def frame(message: bytes) -> bytes:
+    """`message` as the body of a unary call: five bytes that say it is not compressed and how long it is, and it."""
+    return b"\0" + len(message).to_bytes(4, "big") + message
+
+
+def read_answer(head: bytes, rest: bytes) -> bytes:
+    """The message in an answer as `answer` and `error_answer` make them (`head` without the empty line).
+
+    Raises the `RequestError` the answer carries, `Unavailable` when it is none of ours.
+    """
+    fields = _fields(head)
+    if b"grpc-status" in fields:
+        raise _read_error(fields)
+    try:
+        framed, trailers = _unchunk(rest)
+        fields = {**fields, **_fields(trailers)}
+        if fields[b"grpc-status"] != b"0":
+            raise _read_error(fields)
+        return unframe(framed, bytes_max=len(framed))
+    except (ValueError, KeyError, InvalidInput):
+        raise Unavailable("a part of the mesh did not answer sensibly", reason=Reason.NO_INSTANCE) from None
+
+
+def _fields(lines: bytes) -> dict[bytes, bytes]:
+    """Header or trailer lines by lower-case name."""
+    pairs = (line.partition(b":") for line in lines.split(b"\r\n") if b":" in line)
+    return {name.strip().lower(): value.strip() for name, _, value in pairs}
+
+
+def _unchunk(data: bytes) -> tuple[bytes, bytes]:
+    """The content of a chunked body, and its trailers. Raises `ValueError` when it is none."""
+    parts: list[bytes] = []
+    at = 0
+    while True:
+        line_end = data.index(b"\r\n", at)
+        size = int(data[at:line_end], 16)
+        at = line_end + 2
+        if size == 0:
+            return b"".join(parts), data[at:]
+        parts.append(data[at : at + size])
+        at += size + 2
+
+
+def _read_error(fields: dict[bytes, bytes]) -> RequestError:
+    try:
+        code = Code(int(fields[b"grpc-status"]))
+        pushback_ms = int(fields.get(b"grpc-retry-pushback-ms", b"0"))
+    except ValueError:
+        code, pushback_ms = Code.UNKNOWN, 0
+    return RequestError(
+        code,
+        unquote(fields.get(b"grpc-message", b"").decode("latin-1")),
+        reason=fields.get(b"x-raymesh-reason", b"").decode("latin-1"),
+        retry_after_s=pushback_ms / 1000,
     )
 
 

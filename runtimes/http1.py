@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 PIPELINE_MAX = 64
 #: Bytes of one request's line and headers. The front door's own limit is far lower.
 HEAD_BYTES_MAX = 64 * 1024
+#: Pieces of a body kept apart.
+CHUNKS_MAX = 1024
 #: How long a connection we hang up on is still read from: closing with unread bytes would reset it, and the reset may
 #: overtake the answer that says why.
 LINGER_S = 1.0
@@ -109,7 +111,9 @@ class _Connection(asyncio.Protocol):
         self._request = Request(self)
         self._is_in_head = True
         self._head_bytes = 0
+        #: The body so far: what came last in `_chunks`, before that what was in too many of them.
         self._chunks: list[bytes] = []
+        self._body = bytearray()
         self._size_bytes = 0
         #: Whole requests not answered yet, oldest first; only the first one is being handled.
         self._waiting: deque[Request] = deque()
@@ -169,6 +173,7 @@ class _Connection(asyncio.Protocol):
         self._is_in_head = True
         self._head_bytes = 0
         self._chunks = []
+        self._body = bytearray()
         self._size_bytes = 0
 
     def on_url(self, url: bytes) -> None:
@@ -194,7 +199,12 @@ class _Connection(asyncio.Protocol):
         if self._size_bytes > self._server.body_bytes_max:
             self._refuse_size()
         elif not self._is_deaf:
-            self._chunks.append(body)
+            chunks = self._chunks
+            chunks.append(body)
+            if len(chunks) == CHUNKS_MAX:
+                # An object for each of a million tiny chunks would take many times the memory of what they hold.
+                self._body += b"".join(chunks)
+                chunks.clear()
 
     def on_message_complete(self) -> None:
         if self._is_deaf:
@@ -209,6 +219,9 @@ class _Connection(asyncio.Protocol):
         request.method = parser.get_method()
         chunks = self._chunks
         request.body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        if self._body:
+            request.body = bytes(self._body + request.body)
+            self._body = bytearray()
         self._chunks = []
         if is_upgrade or not parser.should_keep_alive():
             request.is_last = self._is_deaf = True
@@ -278,6 +291,7 @@ class _Connection(asyncio.Protocol):
             return
         self._is_deaf = True
         self._chunks = []
+        self._body = bytearray()
         body = orjson.dumps({"error": error.message})
         self._refusal = b"%bcontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b" % (
             _STATUS_LINES[status or error.http_status],

@@ -129,6 +129,11 @@ class Loader:
         """Loads begun or waiting for a slot."""
         return len(self._loading)
 
+    def size_bytes(self, name: str) -> int:
+        """The measured size of a copy that is loaded, else 0."""
+        outcome = self._outcomes.get(name)
+        return outcome.size_bytes if outcome is not None else 0
+
     # -- load --------------------------------------------------------------------------------------------------------
 
     async def load(self, spec: LoadSpec) -> LoadOutcome:

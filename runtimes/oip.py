@@ -8,7 +8,7 @@ extension, and Triton's practice where clients rely on it (`raw_output_contents`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +17,21 @@ import orjson
 
 from raymesh.registry.protos import Messages
 from raymesh.runtimes import grpc_http1, tensors
-from raymesh.runtimes.errors import InvalidInput, RequestError
+from raymesh.runtimes.content_encoding import JSON_BYTES_MIN, encode_body
+from raymesh.runtimes.errors import Code, InvalidInput, Reason, RequestError
 from raymesh.runtimes.tensors import Array
 
 MESSAGES = Messages("raymesh.runtimes", "oip")
 _ModelInferRequest = MESSAGES.ModelInferRequest
 _ModelInferResponse = MESSAGES.ModelInferResponse
 
+#: A model id is one immutable version; the protocol wants a number.
+MODEL_VERSION = "1"
 #: Inputs or outputs one request may name.
 TENSORS_MAX = 1024
 #: Longest error message in an answer; a client may name its input anything.
 _MESSAGE_MAX = 4096
+_VERSION_MAX = 40
 #: Where typed contents of a datatype are, and the dtype that holds whatever may be there.
 _CONTENT_FIELDS = {
     "BOOL": ("bool_contents", np.dtype(np.bool_)),
@@ -58,6 +62,10 @@ class InferRequest:
     alias: str = ""
     #: REST only: the outputs wanted as binary data, or True/False for all of them.
     binary: Mapping[str, bool] | bool = False
+    #: REST only: the encoding a large JSON answer may have (``gzip``, ``deflate``), empty for none.
+    accepts: bytes = b""
+    #: Makes the whole HTTP answer from the outputs, for protocols other than OIP.
+    encode: Callable[[Mapping[str, Array]], bytes] | None = None
 
     @property
     def rows(self) -> int:
@@ -65,6 +73,17 @@ class InferRequest:
         for array in self.inputs.values():
             return array.shape[0] if array.ndim else 1
         return 0
+
+
+def check_version(model: str, asked: str) -> None:
+    """Raise NOT_FOUND for a version other than the one there is. An empty one means any."""
+    if asked and asked != MODEL_VERSION:
+        raise RequestError(
+            Code.NOT_FOUND,
+            f"Request for unknown model: '{model}' version {asked[:_VERSION_MAX]} is not found; "
+            f"the only version is {MODEL_VERSION}",
+            reason=Reason.NOT_REGISTERED,
+        )
 
 
 # -- gRPC ------------------------------------------------------------------------------------------------------------
@@ -76,6 +95,8 @@ def decode_grpc(message: bytes) -> InferRequest:
         request = _ModelInferRequest.FromString(message)
     except Exception:
         raise InvalidInput("the message is not a ModelInferRequest") from None
+    if request.model_version:
+        check_version(request.model_name, request.model_version)
     inputs = request.inputs
     raws = request.raw_input_contents
     if len(inputs) > TENSORS_MAX or len(request.outputs) > TENSORS_MAX:
@@ -128,15 +149,6 @@ def _from_contents(name: str, tensor: Any) -> Array:
     return wide.astype(dtype).reshape(shape)
 
 
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
 class GrpcEncoder:
     """Encodes one model's answers as ``ModelInferResponse``.
 
@@ -165,10 +177,10 @@ class GrpcEncoder:
             self._fixed[key] = message
         if request_id:
             identifier = request_id.encode()
-            message += b"\x1a" + _varint(len(identifier)) + identifier  # field 3: id
+            message += b"\x1a" + grpc_http1.varint(len(identifier)) + identifier  # field 3: id
         for array in outputs.values():
             raw = tensors.to_raw(array)
-            message += b"\x32" + _varint(len(raw)) + raw  # field 6: raw_output_contents
+            message += b"\x32" + grpc_http1.varint(len(raw)) + raw  # field 6: raw_output_contents
         return grpc_http1.answer(message, headers)
 
     def _encode_fixed(self, model_name: str, outputs: Mapping[str, Array]) -> bytes:
@@ -305,9 +317,17 @@ def encode_rest(
             if "data" in entry:
                 tensors.check_json(entry["name"], outputs[entry["name"]])
     if not raws:
-        return _JSON_HEAD % (headers, len(head)) + head
+        return json_answer(head, request.accepts, headers)
     size = len(head) + sum(map(len, raws))
     return b"".join((_BINARY_HEAD % (len(head), headers, size), head, *raws))
+
+
+def json_answer(body: bytes, accepts: bytes, headers: bytes = b"") -> bytes:
+    """A whole HTTP/1.1 answer with a JSON body, in the encoding `accepts` when it is large enough to be worth it."""
+    if accepts and len(body) >= JSON_BYTES_MIN:
+        body = encode_body(body, accepts)
+        headers += b"content-encoding: %b\r\nvary: accept-encoding\r\n" % accepts
+    return _JSON_HEAD % (headers, len(body)) + body
 
 
 def error_answer(error: RequestError, *, is_grpc: bool) -> bytes:

@@ -11,11 +11,13 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
+from urllib.parse import unquote
 
 import orjson
 
-from raymesh.runtimes import grpc_http1, oip
-from raymesh.runtimes.batching import Batcher
+from raymesh.runtimes import grpc_http1, oip, v1
+from raymesh.runtimes.batching import BATCH_ROWS_MAX, Batcher, Copy
+from raymesh.runtimes.content_encoding import accepted, decode_body
 from raymesh.runtimes.errors import Code, InvalidInput, Reason, RequestError, Unavailable
 from raymesh.runtimes.http1 import Request
 from raymesh.runtimes.loading import Loader, LoadSpec
@@ -77,6 +79,9 @@ class DataServer:
             request.on_left = task.cancel
             return
         is_grpc = request.target == grpc_http1.INFER_TARGET
+        vmodel = headers.get(_VMODEL)
+        # What the client calls the model, which the answer is to name.
+        called = copy.id if vmodel is None else vmodel.partition(b"/")[2].decode("latin-1")
         try:
             if is_grpc:
                 message = grpc_http1.unframe(
@@ -86,24 +91,34 @@ class DataServer:
                 )
                 infer = oip.decode_grpc(message)
             else:
-                infer = self._decode_rest(copy.id, request)
-            vmodel = headers.get(_VMODEL)
+                infer = self._decode_rest(copy, called, request)
             if vmodel is not None:
-                infer.alias = vmodel.partition(b"/")[2].decode("latin-1")
+                infer.alias = called
             self._batcher.submit(copy, request, infer)
         except RequestError as error:
+            copy.statistics.refusals += 1
             request.respond_raw(oip.error_answer(error, is_grpc=is_grpc))
         except Exception:
+            copy.statistics.refusals += 1
             log.exception("request for %s failed", copy.name)
             request.respond_raw(oip.error_answer(RequestError(Code.INTERNAL, "internal error"), is_grpc=is_grpc))
 
-    def _decode_rest(self, model: str, request: Request) -> oip.InferRequest:
-        if not request.target.partition(b"?")[0].endswith(b"/infer"):
-            raise RequestError(Code.UNIMPLEMENTED, "a runtime answers infer calls only", reason=Reason.UNSUPPORTED)
-        body, encoding = request.body, request.headers.get(b"content-encoding", b"identity")
-        if encoding != b"identity":
-            body = grpc_http1.decompress(body, encoding, bytes_max=self._message_bytes_max)
-        return oip.decode_rest(model, body, request.headers.get(b"inference-header-content-length"))
+    def _decode_rest(self, copy: Copy, called: str, request: Request) -> oip.InferRequest:
+        headers = request.headers
+        path = request.target.partition(b"?")[0]
+        is_v1 = path.endswith(b":predict")
+        parts = path.count(b"/")
+        if parts != (3 if is_v1 else 4) or not (is_v1 or path.endswith(b"/infer")):
+            _check_versioned(called, path)
+        body, encoding = request.body, headers.get(b"content-encoding")
+        if encoding is not None:
+            body = decode_body(body, encoding, bytes_max=self._message_bytes_max)
+        accepts = accepted(headers.get(b"accept-encoding"))
+        if is_v1:
+            return v1.decode(called, copy.model.inputs, body, headers, accepts)
+        infer = oip.decode_rest(called, body, headers.get(b"inference-header-content-length"))
+        infer.accepts = accepts
+        return infer
 
     async def close(self) -> None:
         """Drop what is being passed on, and control calls that still wait."""
@@ -148,6 +163,8 @@ class DataServer:
             self._spawn(self._answer(request, self._unload(_read_body(request))))
         elif path.startswith("/control/metadata/"):
             request.respond_json(self._metadata(path.removeprefix("/control/metadata/")))
+        elif path.startswith("/control/statistics/"):
+            request.respond_json(self._statistics(path.removeprefix("/control/statistics/")))
         else:
             raise RequestError(Code.NOT_FOUND, f"no such control call: {path}", reason=Reason.UNSUPPORTED)
 
@@ -179,6 +196,7 @@ class DataServer:
         if copy is None:
             raise RequestError(Code.NOT_FOUND, "the model is not loaded here", reason=Reason.NOT_LOADED)
         model = copy.model
+        specs = (*model.inputs, *model.outputs)
 
         def describe(specs: Any) -> list[dict[str, Any]]:
             return [{"name": s.name, "datatype": s.datatype, "shape": list(s.shape)} for s in specs]
@@ -188,6 +206,20 @@ class DataServer:
             "platform": model.platform,
             "inputs": describe(model.inputs),
             "outputs": describe(model.outputs),
+            # Rows that are computed in one call; 0 when the first dimension is not that of rows.
+            "max_batch_size": BATCH_ROWS_MAX if model.is_batchable and all(s.shape[:1] == (-1,) for s in specs) else 0,
+        }
+
+    def _statistics(self, name: str) -> dict[str, Any]:
+        """By full name, the statistics of the copy `name`; of all copies of a tenant for ``tenant/``."""
+        copies = self._copies
+        if name.endswith("/"):
+            names = [key for key in copies if key.startswith(name.encode())]
+        else:
+            names = [key for key in (name.encode(),) if key in copies]
+        return {
+            key.decode(): {**copies[key].statistics.as_json(), "bytes": self._loader.size_bytes(key.decode())}
+            for key in names
         }
 
     async def _answer(self, request: Request, work: Awaitable[dict[str, Any]]) -> None:
@@ -204,6 +236,14 @@ class DataServer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _check_versioned(model: str, path: bytes) -> None:
+    """Raise NOT_FOUND unless `path` is ``/v2/models/{model}/versions/{version}/infer`` with the version there is."""
+    parts = path.split(b"/")
+    if len(parts) != 7 or parts[4] != b"versions" or parts[6] != b"infer":
+        raise RequestError(Code.NOT_FOUND, f"no such path: {path[:200].decode('latin-1')}")
+    oip.check_version(model, unquote(parts[5].decode("latin-1")))
 
 
 def _text(body: dict[str, Any], field: str, default: str | None = None) -> str:

@@ -148,7 +148,9 @@ def from_json(name: str, datatype: str, shape: Sequence[Any], data: Any) -> Arra
     """
     dims = check_shape(name, shape)
     if not isinstance(data, list):
-        raise InvalidInput(f"input '{name}': data must be a JSON array")
+        if dims or isinstance(data, dict):
+            raise InvalidInput(f"input '{name}': data must be a JSON array")
+        data = [data]  # a scalar may be given as one
     flat = _flatten(name, data)
     count = math.prod(dims)
     if len(flat) != count:

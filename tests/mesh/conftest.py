@@ -25,6 +25,7 @@ from raymesh.registry.store import Compare
 from raymesh.runtimes import grpc_http1
 from raymesh.runtimes.errors import Code, LoadFailed, Reason, RequestError, Unavailable
 from raymesh.runtimes.http1 import HttpServer, Request
+from raymesh.runtimes.statistics import Statistics
 from raymesh.runtimes.upstream import RawAnswer, Upstreams
 
 MMESH = Messages("raymesh.mesh", "mmesh")
@@ -116,7 +117,14 @@ class FakeRuntime:
             if path.removeprefix("/control/metadata/") not in self.copies:
                 raise RequestError(Code.NOT_FOUND, "not here", reason=Reason.NOT_LOADED)
             tensor = {"name": "input-0", "datatype": "FP32", "shape": [-1, 4]}
-            request.respond_json({"name": path.split("/")[-1], "platform": "fake", "inputs": [tensor], "outputs": []})
+            described = {"name": path.split("/")[-1], "platform": "fake", "inputs": [tensor], "outputs": []}
+            request.respond_json({**described, "max_batch_size": 8})
+        elif path.startswith("/control/statistics/"):
+            asked = path.removeprefix("/control/statistics/")
+            held = [name for name in self.copies if name == asked or (asked.endswith("/") and name.startswith(asked))]
+            counted = Statistics()
+            counted.add_batch(requests=2, failed=0, rows=2, waited_ns=2, input_ns=1, infer_ns=1, output_ns=1)
+            request.respond_json({name: {**counted.as_json(), "bytes": self.size_bytes} for name in held})
         else:
             self._infer(request)
 

@@ -308,10 +308,10 @@ def test_rest_is_routed_by_path_and_header(tmp_path: Path) -> None:
         assert await here.server_of("/v2/models/m1/infer", mm_model_id="m2") == "r2"
         assert await here.server_of("/v2/models/absent/infer") == "gateway"
         assert here.gateway.seen[-1].headers["x-raymesh-model"] == "default/absent"
-        assert await here.server_of("/v2/models/m1/versions/3/infer") == "gateway"
-        assert here.gateway.seen[-1].headers["x-raymesh-model"] == "default/m1"
-        assert await here.server_of("/v1/models/m1:predict") == "gateway"
-        assert here.gateway.seen[-1].headers["x-raymesh-model"] == "default/m1"
+        assert await here.server_of("/v2/models/m1/versions/3/infer") == "r1"
+        assert await here.server_of("/v1/models/m1:predict") == "r1"
+        assert await here.server_of("/v1/models/absent:predict") == "gateway"
+        assert here.gateway.seen[-1].headers["x-raymesh-model"] == "default/absent"
         assert await here.server_of("/v2/models/m1/infer", mm_vmodel_id="v") == "gateway"
         assert "x-raymesh-model" not in here.gateway.seen[-1].headers
         assert await here.server_of("/v2/models/m1/ready") == "rest"
@@ -350,7 +350,7 @@ def test_a_vmodel_goes_straight_to_its_active_model(tmp_path: Path) -> None:
         await check("gateway", "", None, "v", mm_vmodel_id="")
         await check("gateway", "", None, "v", mm_vmodel_id="v", mm_model_id="m1")
         await check("gateway", "", None, "v", mm_vmodel_id_bin="dg", tas_model_id="m1")
-        await check("gateway", "default/v", None, "v/versions/1")
+        await check("r1", "default/m1", "default/v", "v/versions/1")
         # What a client says about our own headers does not count.
         await check("r1", "default/m1", None, "m1", x_raymesh_vmodel="default/v")
         assert Counter([await here.server_of("/v2/models/m/infer", mm_vmodel_id="both") for _ in range(10)]) == {
@@ -548,12 +548,18 @@ def test_without_a_gateway_errors_are_clean(tmp_path: Path) -> None:
 def test_too_large_is_refused(tmp_path: Path) -> None:
     async def scenario(here: Mesh) -> None:
         status, _, answer = await here.rest("/v2/models/m1/infer", b"x" * 1100)
-        assert (status, answer["error"]) == (413, "request body is larger than the limit of 1000 bytes")
+        assert (status, answer["error"]) == (
+            413,
+            "request body is larger than the limit of 1000 bytes; raise message_bytes_max to accept it",
+        )
         assert (await here.rest("/v2/models/m1/infer", b"x" * 1000))[0] == 200
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await here.infer("m1", b"x" * 1000)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert caught.value.details() == "request body is larger than the limit of 1000 bytes"
+        assert (
+            caught.value.details()
+            == "request body is larger than the limit of 1000 bytes; raise message_bytes_max to accept it"
+        )
         assert (await here.infer("m1", b"x" * 900))[0] == "r1"
 
     run(tmp_path, scenario, body_bytes_max=1000)

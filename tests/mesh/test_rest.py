@@ -6,13 +6,13 @@ import asyncio
 
 import grpc
 
-from raymesh.mesh.inference_api import server_version
+from raymesh.mesh.inference_api import EXTENSIONS, server_version
 
 
 def test_server_and_health(shell_mesh):
     async def body():
         async with shell_mesh() as mesh:
-            server = {"name": "raymesh", "version": server_version(), "extensions": ["binary_tensor_data"]}
+            server = {"name": "raymesh", "version": server_version(), "extensions": list(EXTENSIONS)}
             assert await mesh.rest("/v2") == (200, server)
             assert await mesh.rest("/v2/") == (200, server)
             assert await mesh.rest("/v2/health/live") == (200, {"live": True})
@@ -20,7 +20,7 @@ def test_server_and_health(shell_mesh):
             assert (await mesh.oip("ServerLive")).live
             assert (await mesh.oip("ServerReady")).ready
             metadata = await mesh.oip("ServerMetadata")
-            assert (metadata.name, list(metadata.extensions)) == ("raymesh", ["binary_tensor_data"])
+            assert (metadata.name, list(metadata.extensions)) == ("raymesh", list(EXTENSIONS))
 
     asyncio.run(body())
 

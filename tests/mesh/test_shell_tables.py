@@ -13,7 +13,7 @@ from raymesh.mesh.model_status import Status, is_ready, status_of
 from raymesh.mesh.orphans import orphans, suspects
 from raymesh.mesh.route_table import Route, all_routes, route_at, route_of
 from raymesh.mesh.routes_follow import RoutesFollower
-from raymesh.mesh.vmodels import Asked, VModelNotFound
+from raymesh.mesh.vmodels import Named, VModelNotFound
 from raymesh.registry.keys import Keys
 from raymesh.registry.records import CopyRecord, CopyState, InstanceRecord, LoadFailure, ModelRecord, VModelRecord
 from raymesh.registry.store import Event, KeyValue
@@ -267,10 +267,10 @@ class FakeRequest:
         (b"/v2/models/m/infer", {b"mm-model-id-bin": b"?"}, InvalidInput),
         (b"/v2/models/m/infer", {b"mm-model-id-bin": b"/w=="}, InvalidInput),
         (b"/v2/models/m/infer", {b"mm-model-id": b""}, InvalidInput),
-        (b"/v2/models/m/infer", {b"mm-vmodel-id": b"v"}, Asked("default/v", True)),
-        (b"/v2/models/m/infer", {b"mm-vmodel-id-bin": b"dg"}, Asked("default/v", True)),
+        (b"/v2/models/m/infer", {b"mm-vmodel-id": b"v"}, Named("default/v", True)),
+        (b"/v2/models/m/infer", {b"mm-vmodel-id-bin": b"dg"}, Named("default/v", True)),
         # As a stale route brings it back.
-        (b"/", {b"x-raymesh-vmodel": b"t/v", b"x-raymesh-model": b"t/m"}, Asked("t/v", True)),
+        (b"/", {b"x-raymesh-vmodel": b"t/v", b"x-raymesh-model": b"t/m"}, Named("t/v", True)),
         (b"/v2/models/m/infer", {b"mm-vmodel-id": b""}, InvalidInput),
         (b"/v2/models/m/infer", {b"mm-vmodel-id": b"v", b"mm-model-id": b"n"}, InvalidInput),
         (b"/v2/models/m/infer", {b"mm-vmodel-id-bin": b"dg", b"tas-model-id": b"n"}, InvalidInput),
@@ -282,8 +282,8 @@ class FakeRequest:
 def test_which_model_a_request_is_for(target, headers, expected):
     request = FakeRequest(target, headers)
     if isinstance(expected, str):
-        expected = Asked(expected)
-    if isinstance(expected, Asked):
+        expected = Named(expected)
+    if isinstance(expected, Named):
         assert asked_for(request, bytes_max=100) == expected
     else:
         with pytest.raises(expected):

@@ -112,3 +112,30 @@ def test_an_error_message_with_half_a_character_is_sent_too() -> None:
 )
 def test_grpc_timeouts(header: bytes | None, seconds: float | None) -> None:
     assert grpc_http1.timeout_s(header) == (None if seconds is None else pytest.approx(seconds))
+
+
+@given(st.binary(max_size=200))
+def test_a_good_answer_is_read_back(message: bytes) -> None:
+    head, _, rest = grpc_http1.answer(message, b"x-raymesh-cold: 1\r\n").partition(b"\r\n\r\n")
+    assert grpc_http1.read_answer(head, rest) == message
+    size, _, chunk = rest.partition(b"\r\n")
+    content, trailers = chunk[: int(size, 16)], chunk[int(size, 16) :]
+    two = b"2\r\n%b\r\n%x\r\n%b" % (content[:2], len(content) - 2, content[2:])
+    assert grpc_http1.read_answer(head, two + trailers) == message
+
+
+@given(st.sampled_from([code for code in Code if code]), st.text(max_size=50), st.sampled_from(["", "NO_CAPACITY"]))
+def test_an_error_is_read_back(code: Code, message: str, reason: str) -> None:
+    sent = RequestError(code, message, reason=reason, retry_after_s=1.5)
+    head, _, rest = grpc_http1.error_answer(sent).partition(b"\r\n\r\n")
+    with pytest.raises(RequestError) as caught:
+        grpc_http1.read_answer(head, rest)
+    got = caught.value
+    assert (got.code, got.reason, got.retry_after_s) == (code, reason, 1.5)
+    assert got.message == message.strip(" ")
+
+
+@given(st.binary(max_size=80), st.binary(max_size=80))
+def test_what_is_no_answer_is_an_error(head: bytes, rest: bytes) -> None:
+    with pytest.raises(RequestError):
+        grpc_http1.read_answer(head, rest)

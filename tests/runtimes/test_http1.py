@@ -299,6 +299,23 @@ def test_too_large_while_the_body_is_on_its_way_is_answered_cleanly() -> None:
     run(work)
 
 
+def test_a_body_in_very_many_tiny_chunks() -> None:
+    async def work() -> None:
+        body = bytes(i % 251 for i in range(BODY_MAX // 2))
+        async with serving(echo) as server, connected(server) as wire:
+            for _ in range(2):
+                wire.send(b"POST /c HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n")
+                wire.send(b"".join(b"3\r\n%b\r\n" % body[at : at + 3] for at in range(0, len(body) - 2, 3)))
+                left = len(body) % 3
+                wire.send((b"%x\r\n%b\r\n" % (left, body[-left:]) if left else b"") + b"0\r\n\r\n")
+                assert (await wire.answer()).body == b"POST /c " + body
+                # What was before must not be in what is next.
+                wire.send(post("/d", b"hi"))
+                assert (await wire.answer()).body == b"POST /d hi"
+
+    run(work)
+
+
 def test_exactly_the_limit_is_accepted() -> None:
     async def work() -> None:
         later = Later()
