@@ -41,7 +41,7 @@ _NOT_PASSED_ON = frozenset(
 
 
 class Inference(Protocol):
-    """An inference request: what came over HTTP, or an `Asked`."""
+    """An inference request: what came over HTTP, or an `OwnInference`."""
 
     method: bytes
     target: bytes
@@ -51,7 +51,7 @@ class Inference(Protocol):
 
 
 @dataclass(slots=True)
-class Asked:
+class OwnInference:
     """An inference request of the gateway's own making: one of a stream."""
 
     target: bytes

@@ -133,7 +133,7 @@ class Rest:
         entry = await self._find(request)
         known = await self._metadata.get(entry.record.name, until_s=self._until_s(self._settings.request_timeout_s))
         described = {key: known[key] for key in ("platform", "inputs", "outputs") if key in known}
-        return _json({"name": entry.record.id, "versions": [MODEL_VERSION], **described})
+        return _json({"name": request.path_params["model"], "versions": [MODEL_VERSION], **described})
 
     async def model_ready(self, request: Request) -> Response:
         """``GET …/models/{m}[/ready]``: may be asked; with ``?strict=true``: is loaded now."""
@@ -141,9 +141,10 @@ class Rest:
         is_ready = await self._catalog.is_model_ready(entry.record.name)
         if request.query_params.get("strict") == "true":
             is_ready = bool(self._catalog.holders(entry))
-        answer: dict[str, Any] = {"name": entry.record.id, "ready": is_ready}
+        model = request.path_params["model"]
+        answer: dict[str, Any] = {"name": model, "ready": is_ready}
         if not is_ready:
-            answer["error"] = f"Model with name {entry.record.id} is not ready."
+            answer["error"] = f"Model with name {model} is not ready."
         return _json(answer, status=200 if is_ready else 503)
 
     async def config(self, request: Request) -> Response:
@@ -192,8 +193,8 @@ class Rest:
 
     async def explain(self, request: Request) -> Response:
         """``POST /v1/models/{m}:explain``: no framework here has explanations."""
-        entry = await self._find(request)
-        message = f"model '{entry.record.id}' has no explainer"
+        await self._find(request)
+        message = f"model '{request.path_params['model']}' has no explainer"
         raise RequestError(Code.UNIMPLEMENTED, message, reason=Reason.UNSUPPORTED)
 
     async def wrong_method(self, request: Request) -> Response:
