@@ -596,6 +596,22 @@ def test_it_outlives_its_owner_and_is_adopted(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
+def test_a_killed_one_is_back_though_nobody_asked_for_anything(tmp_path: Path) -> None:
+    async def scenario(here: Mesh) -> None:
+        os.kill(here.door.pid, signal.SIGKILL)
+
+        async def answers() -> bool:
+            try:
+                return await here.server_of("/v2/models/m1/infer") == "r1"
+            except (OSError, asyncio.IncompleteReadError, AssertionError):
+                return False
+
+        await until(answers)
+        assert here.door.restarts == 1
+
+    run(tmp_path, scenario)
+
+
 def test_it_ends_when_its_mesh_is_gone(tmp_path: Path) -> None:
     async def scenario(here: Mesh) -> None:
         pid = here.door.pid
