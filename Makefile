@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FOLDERS := mesh placement registry runtimes
-PROTOS := runtimes/proto/oip mesh/proto/mmesh registry/proto/etcd
+PROTOS := runtimes/proto/oip mesh/proto/mmesh mesh/proto/raymesh registry/proto/etcd
 # Passed on: make test ARGS="-k registry -x", make demo ARGS="--models 200", make bench ARGS="warm many".
 ARGS ?=
 

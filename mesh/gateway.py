@@ -25,6 +25,7 @@ from raymesh.mesh.front_door_config import FrontDoorConfig
 from raymesh.mesh.grpc_service import Services
 from raymesh.mesh.inference_api import InferenceApi
 from raymesh.mesh.management import Management
+from raymesh.mesh.mesh_api import MeshApi
 from raymesh.mesh.metrics import GatewayMetrics
 from raymesh.mesh.model_metadata import ModelMetadata
 from raymesh.mesh.placing import Placing
@@ -71,6 +72,7 @@ class Gateway:
         self._management = Management(
             settings, catalog, placing, self.metrics, on_placed=self._note_placed, on_deleted=self._routes.drop
         )
+        self._mesh_api = MeshApi(settings, catalog, placing, self.metrics)
         self._inference = InferenceApi(settings, catalog, metadata)
         self._rest = _RestServer(Rest(settings, catalog, placing, metadata, self.metrics).app)
         self._data = HttpServer(self._cold.handle, body_bytes_max=settings.message_bytes_max + BODY_MARGIN_BYTES)
@@ -156,7 +158,7 @@ class Gateway:
                 ("grpc.so_reuseport", 0),
             ]
         )
-        methods = {**self._management.methods(), **self._inference.methods()}
+        methods = {**self._management.methods(), **self._mesh_api.methods(), **self._inference.methods()}
         self._grpc.add_generic_rpc_handlers((Services(methods, token=self._settings.internal_token),))
         self._grpc_port = self._grpc.add_insecure_port(f"{self._host}:0")
         await self._grpc.start()

@@ -68,8 +68,8 @@ def check_shape(name: str, shape: Sequence[Any]) -> tuple[int, ...]:
             raise InvalidInput(
                 f"input '{name}': shape {list(dims)!r} must hold non-negative integers only, up to {ELEMENTS_MAX}"
             )
-    # Overflow cannot happen in Python; a bound still must, before numpy allocates. A dimension of 0 hides the others from
-    # the product, but not from numpy, which multiplies those too.
+    # Overflow cannot happen in Python; a bound still must, before numpy allocates. A dimension of 0 hides the others
+    # from the product, but not from numpy, which multiplies those too.
     if math.prod(dim or 1 for dim in dims) > ELEMENTS_MAX:
         raise InvalidInput(f"input '{name}': shape {list(dims)} has more than {ELEMENTS_MAX} elements")
     return dims
