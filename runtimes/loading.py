@@ -7,6 +7,7 @@ begins, a copy is in the registry before anybody is told about it, and it is out
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -436,6 +437,10 @@ class Loader:
 def _warm_up(type: str, artifact: Artifact, options: LoadOptions) -> None:
     """Import a type's library and let it allocate what it allocates once: a hundred megabytes that are no model's."""
     framework_for(type).load(artifact.path, options).close()
+    # A library leaves a hundred thousand objects that never go: the collector would look through all of them time and
+    # again (measured with scikit-learn: 110 ms in which no request is answered; 2 ms without them).
+    gc.collect()
+    gc.freeze()
 
 
 def parse_key(key: str) -> dict[str, Any]:
