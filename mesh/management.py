@@ -70,7 +70,11 @@ class Management:
     async def register(self, request: Any, context: Any) -> Any:
         """Register a model; the same registration again is OK, another one under the same id ALREADY_EXISTS."""
         try:
-            record = _record_in(request)
+            info = request.modelInfo
+            record = record_of(
+                request.modelId, info.type, info.path, info.key,
+                last_used_ms=request.lastUsedTime, id_field="modelId", prefix="modelInfo.",
+            )  # fmt: skip
             entry, is_new = await self._catalog.register(record)
         except RequestError:
             self._refused.inc()
@@ -144,30 +148,34 @@ class Management:
         return info
 
 
-def _name_in(model_id: str) -> str:
+def _name_in(model_id: str, field: str = "modelId") -> str:
     if not is_valid_id(model_id):
-        raise InvalidInput(f"modelId: use {ID_RULE}" if model_id else "modelId: must not be empty")
+        raise InvalidInput(f"{field}: use {ID_RULE}" if model_id else f"{field}: must not be empty")
     return f"{DEFAULT_TENANT}/{model_id}"
 
 
-def _record_in(request: Any) -> ModelRecord:
-    """The record that a RegisterModelRequest asks for. Raises `InvalidInput` naming the field."""
-    _name_in(request.modelId)
-    info = request.modelInfo
-    if not info.type:
-        raise InvalidInput("modelInfo.type: must not be empty")
+def record_of(
+    model_id: str, type: str, path: str, key: str, *, last_used_ms: int = 0, id_field: str, prefix: str = ""
+) -> ModelRecord:
+    """The record of a model to register, last used now unless `last_used_ms` says when.
+
+    Raises `InvalidInput` naming the field as the request does: the id is `id_field`, the others come after `prefix`.
+    """
+    _name_in(model_id, id_field)
+    if not type:
+        raise InvalidInput(f"{prefix}type: must not be empty")
     for name, text, characters_max in (
-        ("type", info.type, TYPE_CHARACTERS_MAX),
-        ("path", info.path, PATH_CHARACTERS_MAX),
-        ("key", info.key, KEY_CHARACTERS_MAX),
+        ("type", type, TYPE_CHARACTERS_MAX),
+        ("path", path, PATH_CHARACTERS_MAX),
+        ("key", key, KEY_CHARACTERS_MAX),
     ):
         if len(text) > characters_max:
-            raise InvalidInput(f"modelInfo.{name}: {len(text)} characters, at most {characters_max} are allowed")
+            raise InvalidInput(f"{prefix}{name}: {len(text)} characters, at most {characters_max} are allowed")
     return ModelRecord(
         tenant=DEFAULT_TENANT,
-        id=request.modelId,
-        type=info.type,
-        path=info.path,
-        key=info.key,
-        last_used_ms=request.lastUsedTime or time.time_ns() // 1_000_000,
+        id=model_id,
+        type=type,
+        path=path,
+        key=key,
+        last_used_ms=last_used_ms or time.time_ns() // 1_000_000,
     )
