@@ -8,8 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 FOLDERS := mesh placement registry runtimes
-PROTOS := runtimes/proto/oip mesh/proto/mmesh mesh/proto/health mesh/proto/reflection mesh/proto/reflection_v1alpha \
-  registry/proto/etcd
+PROTOS := runtimes/proto/oip mesh/proto/mmesh mesh/proto/raymesh mesh/proto/health mesh/proto/reflection \
+  mesh/proto/reflection_v1alpha registry/proto/etcd
 # Passed on: make test ARGS="-k registry -x", make demo ARGS="--models 200", make bench ARGS="warm many".
 ARGS ?=
 

@@ -1,6 +1,6 @@
 """`make bench`: what this machine reaches, beside what the project aims at.
 
-    python loadtests/bench.py [warm] [many] [cold] [herd] [density] [register]    (nothing named: all)
+    python loadtests/bench.py [warm] [many] [cold] [herd] [density] [register] [cold-8]    (nothing named: all)
 
 Each benchmark checks the answers it measures. Results go to `out/bench/*.json` with the machine's description. Never a
 test: a busy machine gives other numbers, which is why the load average before is printed beside them.
@@ -49,6 +49,7 @@ BENCHMARKS = {
     "many": Benchmark(measures.measure_many, 1000),
     "density": Benchmark(measures.measure_density, 2050),
     "register": Benchmark(measures.measure_register, 1),
+    "cold-8": Benchmark(measures.measure_cold_8, 620),
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import pickle
 import random
 import time
@@ -94,6 +95,8 @@ class Traffic:
         """Serves the pipe and sends traffic until told to stop."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._pipe.fileno(), self._read_pipe)
+        # uvloop makes what it watches non-blocking; `Connection` cannot write or read a long message that way.
+        os.set_blocking(self._pipe.fileno(), True)
         try:
             async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
                 asks = {

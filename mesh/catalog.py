@@ -10,13 +10,14 @@ import asyncio
 import heapq
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from typing import NamedTuple
 
 from raymesh.mesh.fresh_copies import FreshCopies, Placed
 from raymesh.mesh.model_status import ModelStatus, is_ready, status_of
-from raymesh.mesh.registrar import Registrar
+from raymesh.mesh.registrar import Created, Registrar
 from raymesh.registry.keys import is_valid_id
 from raymesh.registry.records import InstanceRecord, ModelRecord, RecordError
 from raymesh.registry.store import Compare, Delete, Get, KeyValue, Put, RegistryError, RegistryReadOnly, Store
@@ -30,6 +31,13 @@ log = logging.getLogger(__name__)
 UNLOAD_TIMEOUT_S = 3.0
 #: Longest `unregister` waits until the view shows what was just written.
 VIEW_TIMEOUT_S = 1.0
+
+
+class Registered(NamedTuple):
+    """A registered model's entry, and whether it is new."""
+
+    entry: ModelEntry
+    is_new: bool
 
 
 class Catalog:
@@ -157,8 +165,8 @@ class Catalog:
 
     # -- writes ----------------------------------------------------------------------------------------------------
 
-    async def register(self, record: ModelRecord) -> tuple[ModelEntry, bool]:
-        """Create the model, or find that it is there already with the same spec. The entry, and whether it is new.
+    async def register(self, record: ModelRecord) -> Registered:
+        """Create the model, or find that it is there already with the same spec.
 
         A model that a vmodel created, to go with it, stays from now on.
         Raises ALREADY_EXISTS when the id names something else, UNAVAILABLE when the registry does not answer.
@@ -166,20 +174,31 @@ class Catalog:
         key = self.view.keys.model(record.tenant, record.id)
         with registry_errors():
             created = await self._registrar.create(key, record.encode())
-        if created.present is None:
-            return Entry(record, created.revision, created.revision), True
-        present = _decode(created.present)
-        if present is None:
-            raise RequestError(Code.INTERNAL, f"the record of model '{record.id}' cannot be read")
-        if not present.record.serves_same_as(record):
-            # As ModelMesh: a model is immutable; a new version is a new id.
-            raise RequestError(
-                Code.ALREADY_EXISTS, f"model '{record.id}' is already registered with another type, path or key"
-            )
-        return await self._keep(present), False
+        return await self._kept(_registered(record, created, record))
 
-    async def _keep(self, entry: ModelEntry) -> ModelEntry:
+    async def register_many(self, records: Sequence[ModelRecord]) -> list[Registered | RequestError]:
+        """`register` for many: for each what it would return or raise. Of several with one id the first wins."""
+        firsts: dict[str, ModelRecord] = {}
+        keys = [self.view.keys.model(record.tenant, record.id) for record in records]
+        for key, record in zip(keys, records, strict=True):
+            firsts.setdefault(key, record)
+        outcomes = await self._registrar.create_many((key, record.encode()) for key, record in firsts.items())
+        created = dict(zip(firsts, outcomes, strict=True))
+        registered: list[Registered | RequestError] = []
+        for key, record in zip(keys, records, strict=True):
+            try:
+                with registry_errors():
+                    outcome = created[key]
+                    if isinstance(outcome, RegistryError):
+                        raise outcome
+                    registered.append(await self._kept(_registered(record, outcome, firsts[key])))
+            except RequestError as error:
+                registered.append(error)
+        return registered
+
+    async def _kept(self, registered: Registered) -> Registered:
         """Make a model that was created by a vmodel, to go with it, one that stays: it was registered by itself now."""
+        entry = registered.entry
         key = self.view.keys.model(entry.record.tenant, entry.record.id)
         while entry.record.auto_delete:
             kept = replace(entry.record, auto_delete=False)
@@ -187,12 +206,12 @@ class Catalog:
             with registry_errors():
                 result = await self._store.txn([condition], [Put(key, kept.encode())], [Get(key)])
             if result.succeeded:
-                return Entry(kept, entry.create_revision, result.revision)
+                return Registered(Entry(kept, entry.create_revision, result.revision), is_new=False)
             present = _decode(result.gets[0])
             if present is None or present.create_revision != entry.create_revision:
                 raise Unavailable("the model was deleted with its vmodel just now", reason=Reason.NOT_REGISTERED)
             entry = present
-        return entry
+        return Registered(entry, registered.is_new)
 
     async def unregister(self, name: str, on_deleted: Callable[[], None]) -> bool:
         """Delete the model and have every copy unloaded before returning. False when there was none.
@@ -307,6 +326,22 @@ def _decode(kv: KeyValue | None) -> ModelEntry | None:
         # As in the view: what cannot be read counts as absent.
         log.exception("unreadable record at %s", kv.key)
         return None
+
+
+def _registered(record: ModelRecord, created: Created, first: ModelRecord) -> Registered:
+    """What registering `record` comes to after its key was `created` with the value of `first`, or found there."""
+    if created.present is None:
+        present: ModelEntry | None = Entry(first, created.revision, created.revision)
+    else:
+        present = _decode(created.present)
+    if present is None:
+        raise RequestError(Code.INTERNAL, f"the record of model '{record.id}' cannot be read")
+    if not present.record.serves_same_as(record):
+        # As ModelMesh: a model is immutable; a new version is a new id.
+        raise RequestError(
+            Code.ALREADY_EXISTS, f"model '{record.id}' is already registered with another type, path or key"
+        )
+    return Registered(present, is_new=created.present is None and record is first)
 
 
 @contextmanager

@@ -228,7 +228,7 @@ def register(
 @app.command("register-many")
 def register_many(
     file: Annotated[str, typer.Argument(help='Lines of {"name","uri","type","key"?}; - is standard input.')],
-    concurrency: Annotated[int, typer.Option(help="Registrations in flight.", min=1, max=1024)] = 64,
+    concurrency: Annotated[int, typer.Option(help="Calls in flight, at most.", min=1, max=1024)] = 64,
     target: Target = _DEFAULT_TARGET,
     timeout_s: Timeout = 60.0,
     is_json: Json = False,

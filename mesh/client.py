@@ -11,14 +11,15 @@ import http.client
 import itertools
 import queue
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import grpc
 
 from raymesh.mesh import client_calls as calls
 from raymesh.mesh.client_async import AsyncClient
-from raymesh.mesh.client_base import CHANNEL_OPTIONS, ClientBase, Models, Progress, as_mapping
+from raymesh.mesh.client_base import BATCH_MODELS, CHANNEL_OPTIONS, ClientBase, Models, as_mapping
+from raymesh.mesh.client_bulk import Job, Progress
 from raymesh.mesh.client_calls import (
     Call,
     CopyInfo,
@@ -96,36 +97,37 @@ class Client(ClientBase):
         return self._send(calls.register(ModelSpec(name, uri, type, key), load=load, sync=sync), timeout_s)
 
     def register_many(
-        self, specs: Iterable[ModelSpec], *, concurrency: int = 64, progress: Progress | None = None
+        self,
+        specs: Iterable[ModelSpec],
+        *,
+        batch: int = BATCH_MODELS,
+        concurrency: int = 64,
+        progress: Progress | None = None,
     ) -> RegisterSummary:
-        """Register many models, `concurrency` at a time. `progress(n)` hears how many are done so far.
+        """Register many models, `batch` in one call. `progress(n)` hears how many are done so far.
 
-        What cannot be registered is in the summary; only a wrong argument raises.
+        `concurrency` calls may be in flight; calls for many models are fewer by themselves. With a `batch` of 1, or a
+        mesh that has no bulk registration, each model has a call of its own. What cannot be registered is in the
+        summary; only a wrong argument raises.
         """
-        failed: dict[int, tuple[str, str]] = {}
-        todo: Iterator[tuple[int, ModelSpec]] = enumerate(specs)
-        count = registered = 0
-        for attempt in itertools.count():
-            again: list[tuple[int, ModelSpec]] = []
-            pauses_s = [0.0]
-            for index, spec, error in self._register_all(todo, concurrency):
-                if error is not None:
-                    # Its time went with the call, so there is no deadline to keep here.
-                    try:
-                        pauses_s.append(self._pause_s(error, attempt, float("inf"), self.retries))
-                        again.append((index, spec))
-                        continue
-                    except MeshError:
-                        failed[index] = (spec.name, error.message)
-                registered += error is None
-                count += 1
-                if progress is not None:
-                    progress(count)
-            if not again:
-                return RegisterSummary(registered, [failed[index] for index in sorted(failed)])
-            todo = iter(again)
-            time.sleep(max(pauses_s))
-        raise AssertionError("unreachable")
+        work = self._registration(specs, batch, concurrency, progress)
+        done: queue.SimpleQueue[tuple[Job, Any]] = queue.SimpleQueue()
+        while True:
+            in_flight = 0
+            while True:
+                while in_flight < work.in_flight_max and (job := work.take()) is not None:
+                    future = self._rpc(self._channel, job.call).future(job.call.request, timeout=self.timeout_s)
+                    in_flight += 1
+                    future.add_done_callback(lambda ended, job=job: done.put((job, ended)))
+                if in_flight == 0:
+                    break
+                job, ended = done.get()
+                in_flight -= 1
+                work.settle(job, self._outcome(job, ended))
+            pause_s = work.next_round()
+            if pause_s is None:
+                return work.summary()
+            time.sleep(pause_s)
 
     def unregister(self, name: str) -> None:
         """Forget a model: it is unloaded and its name is free. A model that does not exist is no error."""
@@ -233,26 +235,14 @@ class Client(ClientBase):
             raise self._rpc_error(error) from None
         return call.read(answer, as_mapping(done.initial_metadata()))
 
-    def _register_all(
-        self, specs: Iterator[tuple[int, ModelSpec]], concurrency: int
-    ) -> Iterator[tuple[int, ModelSpec, MeshError | None]]:
-        """Send registrations, `concurrency` in flight, and yield how each ended."""
-        if concurrency < 1:
-            raise ValueError(f"concurrency {concurrency}: must be at least 1")
-        done: queue.SimpleQueue[tuple[int, ModelSpec, Any]] = queue.SimpleQueue()
-        in_flight = 0
-        while True:
-            for index, spec in itertools.islice(specs, concurrency - in_flight):
-                call = calls.register(spec)
-                future = self._rpc(self._channel, call).future(call.request, timeout=self.timeout_s)
-                in_flight += 1
-                future.add_done_callback(lambda ended, index=index, spec=spec: done.put((index, spec, ended)))
-            if in_flight == 0:
-                return
-            index, spec, ended = done.get()
-            in_flight -= 1
-            is_ok = ended.code() is grpc.StatusCode.OK
-            yield index, spec, None if is_ok else self._rpc_error(ended)
+    def _outcome(self, job: Job, ended: Any) -> tuple[MeshError | None, ...] | MeshError:
+        """What a registration that has ended came to."""
+        if ended.code() is not grpc.StatusCode.OK:
+            return self._rpc_error(ended)
+        try:
+            return job.call.read(ended.result(), {})
+        except MeshError as error:
+            return error
 
     def _send_http(self, call: HttpCall[T], timeout_s: float) -> T:
         deadline = time.monotonic() + timeout_s

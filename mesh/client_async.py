@@ -14,7 +14,8 @@ import grpc.aio
 import yarl
 
 from raymesh.mesh import client_calls as calls
-from raymesh.mesh.client_base import CHANNEL_OPTIONS, ClientBase, Models, Progress, as_mapping
+from raymesh.mesh.client_base import BATCH_MODELS, CHANNEL_OPTIONS, ClientBase, Models, as_mapping
+from raymesh.mesh.client_bulk import Progress
 from raymesh.mesh.client_calls import (
     Call,
     HttpCall,
@@ -78,30 +79,33 @@ class AsyncClient(ClientBase):
         return await self._send(calls.register(ModelSpec(name, uri, type, key), load=load, sync=sync), timeout_s)
 
     async def register_many(
-        self, specs: Iterable[ModelSpec], *, concurrency: int = 64, progress: Progress | None = None
+        self,
+        specs: Iterable[ModelSpec],
+        *,
+        batch: int = BATCH_MODELS,
+        concurrency: int = 64,
+        progress: Progress | None = None,
     ) -> RegisterSummary:
         """See `Client.register_many`."""
-        if concurrency < 1:
-            raise ValueError(f"concurrency {concurrency}: must be at least 1")
-        todo = enumerate(specs)
-        failed: dict[int, tuple[str, str]] = {}
-        count = 0
+        work = self._registration(specs, batch, concurrency, progress)
 
-        async def work() -> None:
-            nonlocal count
-            for index, spec in todo:
+        async def send() -> None:
+            while (job := work.take()) is not None:
+                outcome: tuple[MeshError | None, ...] | MeshError
                 try:
-                    await self._send(calls.register(spec))
+                    outcome = await self._send_rpc(job.call, self.timeout_s)
                 except MeshError as error:
-                    failed[index] = (spec.name, error.message)
-                count += 1
-                if progress is not None:
-                    progress(count)
+                    outcome = error
+                work.settle(job, outcome)
 
-        async with asyncio.TaskGroup() as workers:
-            for _ in range(concurrency):
-                workers.create_task(work())
-        return RegisterSummary(count - len(failed), [failed[index] for index in sorted(failed)])
+        while True:
+            async with asyncio.TaskGroup() as senders:
+                for _ in range(work.in_flight_max):
+                    senders.create_task(send())
+            pause_s = work.next_round()
+            if pause_s is None:
+                return work.summary()
+            await asyncio.sleep(pause_s)
 
     async def unregister(self, name: str) -> None:
         """See `Client.unregister`."""

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 from raymesh.mesh import client_calls as calls
-from raymesh.mesh.client_calls import MeshError, RpcCall
+from raymesh.mesh.client_bulk import BulkRegistration, Progress
+from raymesh.mesh.client_calls import MeshError, ModelSpec, RpcCall
 from raymesh.runtimes.errors import Code
 
 Models = list[dict[str, Any]]
-Progress = Callable[[int], None]
 
 CHANNEL_OPTIONS = (
     # The mesh bounds messages; a second, smaller bound in the client would only confuse.
@@ -29,6 +29,9 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.primary_user_agent", "raymesh"),
 )
+
+#: Models in one call of `register_many`. Larger batches are not faster, and hold up whoever else asks the mesh.
+BATCH_MODELS = 250
 
 #: Pause before the first retry, doubled for each further one, when the mesh gives no hint.
 _RETRY_PAUSE_S = 0.05
@@ -73,6 +76,18 @@ class ClientBase:
         if error.code is not Code.UNAVAILABLE or attempt >= retries or time.monotonic() + pause_s >= deadline:
             raise error
         return pause_s
+
+    def _registration(
+        self, specs: Iterable[ModelSpec], batch: int, concurrency: int, progress: Progress | None
+    ) -> BulkRegistration:
+        # A model's time went with its call, so there is no deadline to keep.
+        return BulkRegistration(
+            specs,
+            batch=batch,
+            concurrency=concurrency,
+            progress=progress,
+            pause_s=lambda error, attempt: self._pause_s(error, attempt, float("inf"), self.retries),
+        )
 
     def _rpc(self, channel: Any, call: RpcCall[Any]) -> Any:
         rpc = self._rpcs.get(call.path)

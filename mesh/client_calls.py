@@ -1,8 +1,8 @@
 """What the client asks and how it reads the answers, for both protocols.
 
 Rule of the file: no I/O. A call is a value that says what to send and how to read what comes back; `client.py` sends
-it, from a thread or from a coroutine. Management is gRPC (``mmesh.ModelMesh``) and listing is REST whatever the
-protocol chosen for inference: the mesh has one port for both.
+it, from a thread or from a coroutine. Management is gRPC (``mmesh.ModelMesh``, ``raymesh.v1.Mesh``) and listing is REST
+whatever the protocol chosen for inference: the mesh has one port for both.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ T = TypeVar("T")
 
 _oip = Messages("raymesh.runtimes", "oip")
 _mmesh = Messages("raymesh.mesh", "mmesh")
+_raymesh = Messages("raymesh.mesh", "raymesh")
 
 _INFERENCE = "/inference.GRPCInferenceService/"
 _MANAGEMENT = "/mmesh.ModelMesh/"
+_MESH = "/raymesh.v1.Mesh/"
 
 #: Models per page of a listing: an answer of some 100 KB.
 _PAGE_MODELS = 1000
@@ -149,6 +151,26 @@ def register(spec: ModelSpec, *, load: bool = False, sync: bool = True) -> RpcCa
     request.modelInfo.path = spec.uri
     request.modelInfo.key = spec.key
     return RpcCall(_MANAGEMENT + "registerModel", request, _mmesh.ModelStatusInfo, _read_status)
+
+
+def register_one(spec: ModelSpec) -> RpcCall[tuple[MeshError | None, ...]]:
+    """`register` of one model among many: what counts is that it did not fail."""
+    call = register(spec)
+    return RpcCall(call.path, call.request, call.answer_class, lambda _answer, _meta: (None,))
+
+
+def register_bulk(specs: Sequence[ModelSpec]) -> RpcCall[tuple[MeshError | None, ...]]:
+    """Register many models in one call; the answer has an error or None for each, in their order."""
+    request = _raymesh.RegisterModelsRequest()
+    for spec in specs:
+        request.models.add(model_id=spec.name, type=spec.type, path=spec.uri, key=spec.key)
+
+    def read(answer: Any, _metadata: Mapping[str, str]) -> tuple[MeshError | None, ...]:
+        if [result.model_id for result in answer.results] != [spec.name for spec in specs]:
+            raise MeshError(Code.INTERNAL, "the answer is about other models than the request")
+        return tuple(_read_result(result) for result in answer.results)
+
+    return RpcCall(_MESH + "RegisterModels", request, _raymesh.RegisterModelsResponse, read)
 
 
 def unregister(name: str) -> RpcCall[None]:
@@ -321,6 +343,16 @@ def _read_vmodel(answer: Any, metadata: Mapping[str, str]) -> VModelStatus:
 def _status_name(number: int) -> str:
     value = _mmesh.ModelStatusInfo.DESCRIPTOR.enum_types_by_name["ModelStatus"].values_by_number.get(number)
     return str(value.name) if value is not None else "UNKNOWN"
+
+
+def _read_result(result: Any) -> MeshError | None:
+    if result.outcome in (_raymesh.RegisterModelsResponse.CREATED, _raymesh.RegisterModelsResponse.EXISTED):
+        return None
+    try:
+        code = Code(result.code)
+    except ValueError:
+        code = Code.UNKNOWN
+    return MeshError(code, result.message, result.reason, result.retry_after_s)
 
 
 def _read_rpc_prediction(answer: Any, metadata: Mapping[str, str]) -> Prediction:

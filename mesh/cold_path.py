@@ -16,8 +16,8 @@ from raymesh.mesh.config import Settings
 from raymesh.mesh.fresh_copies import Placed
 from raymesh.mesh.inference_target import (
     DEFAULT_DEADLINE_REASON,
-    Asked,
     Inference,
+    OwnInference,
     asked_for,
     is_grpc,
     passed_on_headers,
@@ -79,7 +79,7 @@ class ColdPath:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def ask(self, request: Asked, *, until_s: float) -> RawAnswer:
+    async def ask(self, request: OwnInference, *, until_s: float) -> RawAnswer:
         """The answer to a request of the gateway's own, by `until_s` (loop time). Raises why there is none."""
         try:
             async with asyncio.timeout_at(until_s):

@@ -195,6 +195,10 @@ class FrontDoor:
                         break
                     _log.warning("front door: lost HAProxy %d (%s)", self.pid, error or type(error).__name__)
                     await self._recover()
+                except Exception:
+                    # A bug of ours must not leave the door without a keeper: begin again from the whole table.
+                    _log.exception("front door: keeping HAProxy %d failed", self.pid)
+                    await self._recover()
             _log.info("front door: taken over by another gateway")
         finally:
             for _, waiter in self._waiters:
@@ -206,7 +210,9 @@ class FrontDoor:
         """Write batches as they come, for as long as we own HAProxy. Raises `OSError` when it is lost."""
         assert self._admin is not None
         while self._is_owner():
-            if not self._queue and not self._admin.is_lost:
+            if self._admin.is_lost:
+                raise ConnectionResetError("HAProxy closed the admin connection")
+            if not self._queue:
                 self._wake.clear()
                 try:
                     async with asyncio.timeout(_PING_INTERVAL_S):

@@ -56,6 +56,8 @@ class FrontDoorConfig:
     server_timeout_s: int = 600
     #: How long an idle client connection is kept.
     idle_timeout_s: int = 300
+    #: A front door outlives its gateway; with neither a gateway nor a runtime for this long, its mesh is gone: it ends.
+    alone_max_s: int = 60
     #: One buffer, in bytes. A request that fits can be tried again elsewhere when its runtime dies in mid-request.
     buffer_bytes: int = 16_384
     #: Requests in flight on one HTTP/2 connection. HAProxy's own 100 makes a busy gRPC channel queue in the client.
@@ -115,6 +117,7 @@ global
     noreuseport
     stats socket unix@{ADMIN_SOCKET} mode 600 level admin
     stats timeout 60s
+    setenv RAYMESH_ALONE_MAX_S {config.alone_max_s}
     # One table for all threads, hence not lua-load-per-thread.
     lua-load {ROUTES_LUA}
     tune.bufsize {config.buffer_bytes}

@@ -26,6 +26,7 @@ from raymesh.mesh.grpc_service import AnyMethod, Services
 from raymesh.mesh.health_api import HealthApi
 from raymesh.mesh.inference_api import InferenceApi
 from raymesh.mesh.management import Management
+from raymesh.mesh.mesh_api import MeshApi
 from raymesh.mesh.metrics import GatewayMetrics
 from raymesh.mesh.model_metadata import ModelMetadata
 from raymesh.mesh.model_repository import ModelRepository
@@ -92,6 +93,7 @@ class Gateway:
             on_deleted=self._routes.drop_vmodel,
             in_force=self._routes_in_force,
         )
+        self._mesh_api = MeshApi(settings, catalog, placing, self.metrics)
         self._inference = InferenceApi(settings, catalog, self._vmodels, metadata)
         repository = ModelRepository(catalog, self._vmodels, placing, metadata, self._upstreams, self._note_placed)
         self._repository = RepositoryApi(settings, repository)
@@ -180,11 +182,12 @@ class Gateway:
                 ("grpc.so_reuseport", 0),
             ]
         )
-        described = [Messages("raymesh.runtimes", "oip"), Messages("raymesh.mesh", "mmesh")]
-        reflection = ReflectionApi([*described, Messages("raymesh.mesh", "health")])
+        described = [Messages("raymesh.mesh", name) for name in ("mmesh", "raymesh", "health")]
+        reflection = ReflectionApi([Messages("raymesh.runtimes", "oip"), *described])
         methods: dict[str, AnyMethod] = {
             **self._management.methods(),
             **self._vmodel_api.methods(),
+            **self._mesh_api.methods(),
             **self._inference.methods(),
             **self._repository.methods(),
             **self._streams.methods(),

@@ -24,7 +24,6 @@ DEFAULT_DEADLINE_REASON = "the request's deadline passed before it was answered"
 #: Headers that name a model and a vmodel, the one that counts first; as ModelMesh's, its predecessor's included.
 _MODEL_HEADERS = (b"mm-model-id", b"mm-model-id-bin", b"tas-model-id")
 _VMODEL_HEADERS = (b"mm-vmodel-id", b"mm-vmodel-id-bin")
-NAMING_HEADERS = frozenset(_MODEL_HEADERS + _VMODEL_HEADERS)
 
 _OIP = Messages("raymesh.runtimes", "oip")
 
@@ -50,7 +49,7 @@ _NOT_PASSED_ON = frozenset(
 
 
 class Inference(Protocol):
-    """An inference request: what came over HTTP, or an `Asked`."""
+    """An inference request: what came over HTTP, or an `OwnInference`."""
 
     method: bytes
     target: bytes
@@ -60,7 +59,7 @@ class Inference(Protocol):
 
 
 @dataclass(slots=True)
-class Asked:
+class OwnInference:
     """An inference request of the gateway's own making: one of a stream."""
 
     target: bytes

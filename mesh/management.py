@@ -71,7 +71,11 @@ class Management:
     async def register(self, request: Any, context: Any) -> Any:
         """Register a model; the same registration again is OK, another one under the same id ALREADY_EXISTS."""
         try:
-            record = _record_in(request)
+            info = request.modelInfo
+            record = record_of(
+                request.modelId, info.type, info.path, info.key,
+                last_used_ms=request.lastUsedTime, id_field="modelId", prefix="modelInfo.",
+            )  # fmt: skip
             entry, is_new = await self._catalog.register(record)
         except RequestError:
             self._refused.inc()
@@ -158,27 +162,28 @@ def checked_id(field: str, given: str) -> str:
     return given
 
 
-def _record_in(request: Any) -> ModelRecord:
-    """The record that a RegisterModelRequest asks for. Raises `InvalidInput` naming the field."""
-    return record_of(checked_id("modelId", request.modelId), request.modelInfo, request.lastUsedTime)
+def record_of(
+    model_id: str, type: str, path: str, key: str, *, last_used_ms: int = 0, id_field: str, prefix: str = ""
+) -> ModelRecord:
+    """The record of a model to register, last used now unless `last_used_ms` says when.
 
-
-def record_of(model_id: str, info: Any, last_used_ms: int) -> ModelRecord:
-    """The record of a model to be registered with a `ModelInfo`. Raises `InvalidInput` naming the field."""
-    if not info.type:
-        raise InvalidInput("modelInfo.type: must not be empty")
+    Raises `InvalidInput` naming the field as the request does: the id is `id_field`, the others come after `prefix`.
+    """
+    checked_id(id_field, model_id)
+    if not type:
+        raise InvalidInput(f"{prefix}type: must not be empty")
     for name, text, characters_max in (
-        ("type", info.type, TYPE_CHARACTERS_MAX),
-        ("path", info.path, PATH_CHARACTERS_MAX),
-        ("key", info.key, KEY_CHARACTERS_MAX),
+        ("type", type, TYPE_CHARACTERS_MAX),
+        ("path", path, PATH_CHARACTERS_MAX),
+        ("key", key, KEY_CHARACTERS_MAX),
     ):
         if len(text) > characters_max:
-            raise InvalidInput(f"modelInfo.{name}: {len(text)} characters, at most {characters_max} are allowed")
+            raise InvalidInput(f"{prefix}{name}: {len(text)} characters, at most {characters_max} are allowed")
     return ModelRecord(
         tenant=DEFAULT_TENANT,
         id=model_id,
-        type=info.type,
-        path=info.path,
-        key=info.key,
+        type=type,
+        path=path,
+        key=key,
         last_used_ms=last_used_ms or time.time_ns() // 1_000_000,
     )

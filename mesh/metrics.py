@@ -35,7 +35,7 @@ class GatewayMetrics:
             registry=self._registry,
         )
         self.registrations = Counter(
-            "raymesh_registrations", "registerModel calls, by outcome.", ["outcome"], registry=self._registry
+            "raymesh_registrations", "Models asked to be registered, by outcome.", ["outcome"], registry=self._registry
         )
         self.unregistrations = Counter("raymesh_unregistrations", "unregisterModel calls.", registry=self._registry)
         self.models = Gauge("raymesh_models", "Models registered.", registry=self._registry)

@@ -143,7 +143,7 @@ class ModelRepository:
                 found[name] = merge(found[name], counted) if name in found else counted
         if model and not found:
             found[asked] = {**Statistics().as_json(), "bytes": 0}
-        return [_describe(name.partition("/")[2], found[name]) for name in sorted(found)]
+        return [_describe(model or name.partition("/")[2], found[name]) for name in sorted(found)]
 
     async def _ask(self, address: str, asked: str) -> dict[str, Any]:
         try:

@@ -148,6 +148,7 @@ class Placements:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._notes.close()
 
     # -- one placement ---------------------------------------------------------------------------------------------
 
@@ -185,7 +186,7 @@ class Placements:
                         return _Answer(
                             error=RequestError(Code[code], message, reason=reason, retry_after_s=retry_after_s)
                         )
-                entry = self._latest(entry)
+                entry = self._notes.latest(entry)
                 step = attempts.next(outcome, self._model_view(entry, request.stale), self._cluster_view())
         except asyncio.CancelledError:
             raise
@@ -229,13 +230,15 @@ class Placements:
         self._fresh.add(record.name, placed, self._view, now_s)
         self._note_load(record.name, instance, now_s)
         self._learn(record, measured_bytes)
-        entry = self._latest(flight.entry)
-        if with_load(entry.record, measured_bytes) != entry.record:
-            # Not awaited: the caller wants its answer and the note can wait.
+        entry = self._notes.latest(flight.entry)
+        if entry.record.failures:
+            # Soon known to all, for it counts when the model is placed again; but the caller wants its answer first.
             change = partial(with_load, size_bytes=measured_bytes)
             task = asyncio.create_task(self._notes.write(record.name, entry, change))
             self._writing.add(task)
             task.add_done_callback(self._writing.discard)
+        elif with_load(entry.record, measured_bytes) != entry.record:
+            self._notes.write_size_soon(entry, measured_bytes)
         return Loaded(measured_bytes)
 
     def _note_load(self, name: str, instance: str, now_s: float) -> None:
@@ -268,13 +271,6 @@ class Placements:
             raise Unavailable("the registry is not reachable", reason=Reason.REGISTRY_UNAVAILABLE) from None
         except RecordError as error:
             raise RequestError(Code.INTERNAL, f"the model's record cannot be read: {error}") from None
-
-    def _latest(self, entry: ModelEntry) -> ModelEntry:
-        """The same generation's newest record (its failures and size change while we work)."""
-        known = self._notes.entry(entry.record.name)
-        if known is None or known.create_revision != entry.create_revision or known.mod_revision < entry.mod_revision:
-            return entry
-        return known
 
     def _holder(self, entry: ModelEntry, avoided: Collection[str], *, allows_draining: bool = False) -> Placed | None:
         """A copy that is known to be loaded, without any decision: the usual answer to the second caller.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ from raymesh.registry.store import Compare, Get, KeyValue, Put, RegistryError, S
 BATCH_MAX = 64
 #: Bytes of values in one transaction (etcd's requests end at 1.5 MiB). One record alone is always sent.
 BATCH_BYTES_MAX = 512 * 1024
-#: Transactions under way at once: while etcd writes one to disk the next is on its way.
+#: Transactions under way at once: while etcd writes one to disk the next is on its way. Only full ones, though: many
+#: small ones cost more than they hasten.
 IN_FLIGHT_MAX = 2
 
 
@@ -52,8 +54,21 @@ class Registrar:
         self._send()
         return await wish.outcome
 
+    async def create_many(self, items: Iterable[tuple[str, bytes]]) -> list[Created | RegistryError]:
+        """`create` for many keys at once, all different: for each how it went, or what `create` would have raised."""
+        loop = asyncio.get_running_loop()
+        wishes = [_Wish(key, value, loop.create_future()) for key, value in items]
+        self._waiting.extend(wishes)
+        self._send()
+        outcomes: list[Created | RegistryError] = []
+        for outcome in await asyncio.gather(*(wish.outcome for wish in wishes), return_exceptions=True):
+            if not isinstance(outcome, Created | RegistryError):
+                raise outcome
+            outcomes.append(outcome)
+        return outcomes
+
     def _send(self) -> None:
-        while self._waiting and len(self._writing) < IN_FLIGHT_MAX:
+        while self._waiting and self._may_send():
             batch = self._take()
             if not batch:
                 return
@@ -61,6 +76,11 @@ class Registrar:
             task = asyncio.get_running_loop().create_task(self._write(batch))
             self._writing.add(task)
             task.add_done_callback(self._done)
+
+    def _may_send(self) -> bool:
+        if not self._writing:
+            return True
+        return len(self._waiting) >= BATCH_MAX and len(self._writing) < IN_FLIGHT_MAX
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._writing.discard(task)
@@ -73,6 +93,10 @@ class Registrar:
         size_bytes = 0
         while self._waiting and len(batch) < BATCH_MAX:
             wish = self._waiting[0]
+            if wish.outcome.done():
+                # Its caller has left before it was sent.
+                self._waiting.popleft()
+                continue
             size_bytes += len(wish.value)
             if batch and size_bytes > BATCH_BYTES_MAX:
                 break

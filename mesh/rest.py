@@ -133,7 +133,7 @@ class Rest:
         entry = await self._find(request)
         known = await self._metadata.get(entry.record.name, until_s=self._until_s(self._settings.request_timeout_s))
         described = {key: known[key] for key in ("platform", "inputs", "outputs") if key in known}
-        return _json({"name": _asked_name(request), "versions": [MODEL_VERSION], **described})
+        return _json({"name": request.path_params["model"], "versions": [MODEL_VERSION], **described})
 
     async def model_ready(self, request: Request) -> Response:
         """``GET …/models/{m}[/ready]``: may be asked; with ``?strict=true``: is loaded now."""
@@ -141,9 +141,10 @@ class Rest:
         is_ready = await self._catalog.is_model_ready(entry.record.name)
         if request.query_params.get("strict") == "true":
             is_ready = bool(self._catalog.holders(entry))
-        answer: dict[str, Any] = {"name": _asked_name(request), "ready": is_ready}
+        model = request.path_params["model"]
+        answer: dict[str, Any] = {"name": model, "ready": is_ready}
         if not is_ready:
-            answer["error"] = f"Model with name {_asked_name(request)} is not ready."
+            answer["error"] = f"Model with name {model} is not ready."
         return _json(answer, status=200 if is_ready else 503)
 
     async def config(self, request: Request) -> Response:
@@ -193,7 +194,7 @@ class Rest:
     async def explain(self, request: Request) -> Response:
         """``POST /v1/models/{m}:explain``: no framework here has explanations."""
         await self._find(request)
-        message = f"model '{_asked_name(request)}' has no explainer"
+        message = f"model '{request.path_params['model']}' has no explainer"
         raise RequestError(Code.UNIMPLEMENTED, message, reason=Reason.UNSUPPORTED)
 
     async def wrong_method(self, request: Request) -> Response:
@@ -261,11 +262,6 @@ class _Compressing:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._gzip if scope.get("path") in self.PATHS else self._plain
         await app(scope, receive, send)
-
-
-def _asked_name(request: Request) -> str:
-    """What the client calls the model: its id, or that of a vmodel."""
-    return str(request.path_params["model"])
 
 
 class _TokenCheck:

@@ -102,3 +102,25 @@ cli("count", "route count: how many models are routed", function() return tostri
 cli("clear", "route clear: forget all models", function()
   routes, count = {}, 0
 end)
+
+-- With neither a gateway nor a runtime the mesh is gone; whoever kept this process is too. See `alone_max_s`.
+local ALONE_MAX_S = tonumber(os.getenv("RAYMESH_ALONE_MAX_S"))
+local PERIOD_S = math.min(5, ALONE_MAX_S / 4)
+
+local function has_company()
+  for _, backend in ipairs({"gateway_data", SLOTS_BACKEND}) do
+    for _, server in pairs(core.backends[backend].servers) do
+      if server:get_stats().status:sub(1, 2) == "UP" then return true end
+    end
+  end
+  return false
+end
+
+core.register_task(function()
+  local alone_s = 0
+  while alone_s < ALONE_MAX_S do
+    core.msleep(math.floor(PERIOD_S * 1000))
+    alone_s = has_company() and 0 or alone_s + PERIOD_S
+  end
+  os.exit(0)
+end)

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from raymesh.mesh.cold_path import ColdPath
 from raymesh.mesh.config import Settings
 from raymesh.mesh.grpc_service import BothStreams
-from raymesh.mesh.inference_target import NAMING_HEADERS, Asked
+from raymesh.mesh.inference_target import OwnInference
 from raymesh.registry.protos import Messages
 from raymesh.runtimes import grpc_http1
 from raymesh.runtimes.errors import RequestError
@@ -27,6 +27,8 @@ METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 #: Inferences of one stream that may be under way; more wait with the client.
 WINDOW = 32
+#: Metadata that names the model, or the vmodel, of all requests of a stream.
+_PASSED_ON = frozenset({"mm-model-id", "mm-model-id-bin", "mm-vmodel-id", "mm-vmodel-id-bin", "tas-model-id"})
 #: A client that wants to be told which answer is the last of a request (there is one for each) asks by this parameter,
 _FINAL_WANTED = "triton_enable_empty_final_response"
 #: and hears it by this one.
@@ -52,10 +54,9 @@ class StreamInfer:
     async def stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         """Answer each request of the stream."""
         metadata = {
-            # gRPC has undone the base64 of a binary value.
-            name.encode(): value.encode() if isinstance(value, str) else base64.b64encode(value)
+            name.encode(): base64.b64encode(value) if isinstance(value, bytes) else value.encode()
             for name, value in context.invocation_metadata() or ()
-            if name.encode() in NAMING_HEADERS
+            if name in _PASSED_ON
         }
         # One list for both sides: what is under way, oldest first, and None at the end.
         answers: deque[asyncio.Task[bytes] | None] = deque()
@@ -102,7 +103,7 @@ class StreamInfer:
             with suppress(DecodeError):
                 request = m.ModelInferRequest.FromString(message)
             until_s = asyncio.get_running_loop().time() + self._settings.request_timeout_s
-            asked = Asked(
+            asked = OwnInference(
                 grpc_http1.INFER_TARGET,
                 {b"content-type": grpc_http1.CONTENT_TYPE, **metadata},
                 grpc_http1.frame(message),

@@ -18,7 +18,7 @@ from raymesh.mesh.model_status import NOT_FOUND, ModelStatus, Status
 from raymesh.mesh.vmodels import VModels
 from raymesh.placement.vmodels import SetVModel
 from raymesh.registry.keys import DEFAULT_TENANT
-from raymesh.registry.records import VModelRecord
+from raymesh.registry.records import ModelRecord, VModelRecord
 
 _SERVICE = "/mmesh.ModelMesh/"
 
@@ -153,7 +153,7 @@ def _wish_in(request: Any) -> SetVModel:
     created = None
     # As ModelMesh: an empty message is as good as none.
     if request.modelInfo.ByteSize():
-        created = replace(record_of(target, request.modelInfo, 0), auto_delete=request.autoDeleteTargetModel)
+        created = replace(_record_in(target, request.modelInfo), auto_delete=request.autoDeleteTargetModel)
     return SetVModel(
         tenant=DEFAULT_TENANT,
         id=vmodel,
@@ -165,3 +165,7 @@ def _wish_in(request: Any) -> SetVModel:
         is_forced=request.force,
         expected_target=request.expectedTargetModelId,
     )
+
+
+def _record_in(model_id: str, info: Any) -> ModelRecord:
+    return record_of(model_id, info.type, info.path, info.key, id_field="targetModelId", prefix="modelInfo.")

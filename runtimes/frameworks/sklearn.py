@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import pickle
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from raymesh.runtimes.frameworks.inputs import check_input, decode_strings, enco
 from raymesh.runtimes.frameworks.sklearn_trees import check_trees
 
 _log = logging.getLogger(__name__)
+_ONE_AT_A_TIME = threading.Lock()
 
 _PICKLES = (".joblib", ".pkl", ".pickle")
 SUFFIXES = (".skops", *_PICKLES)
@@ -42,6 +44,7 @@ _REVIEWED = frozenset(
         "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
     }
 )
+_TRUSTED = sorted(_REVIEWED)
 
 
 class SklearnModel:
@@ -152,18 +155,11 @@ def _load_pickle(data: bytes, options: LoadOptions) -> Any:
 
 def _load_skops(data: bytes, options: LoadOptions) -> Any:
     try:
-        try:
-            estimator = skops.io.loads(data)
-        except UntrustedTypesFoundException:
-            types = skops.io.get_untrusted_types(data=data)
-            refused = [] if options.trust_pickle else sorted(set(types) - _REVIEWED)
-            if refused:
-                raise LoadFailed(
-                    f"the file holds types that are not trusted: {', '.join(refused[:10])}; "
-                    "convert the model to ONNX, or start the mesh with --trust-pickle"
-                ) from None
-            estimator = skops.io.loads(data, trusted=types)
-            check_trees(estimator)
+        # One at a time: loading imports what the model is made of, and of two threads that import modules which need
+        # each other, each may see half of the other's. Both would hold the GIL anyway.
+        with _ONE_AT_A_TIME:
+            estimator = _read_skops(data, options)
+        check_trees(estimator)
     except LoadFailed:
         raise
     except Exception as error:
@@ -172,6 +168,21 @@ def _load_skops(data: bytes, options: LoadOptions) -> Any:
             f"the file is not a skops file that this server's skops {skops.__version__} can read, or it is damaged"
         ) from None
     return estimator
+
+
+def _read_skops(data: bytes, options: LoadOptions) -> Any:
+    try:
+        # What was reviewed is trusted from the start: a second reading of the file takes as long as the first.
+        return skops.io.loads(data, trusted=_TRUSTED)
+    except UntrustedTypesFoundException:
+        types = skops.io.get_untrusted_types(data=data)
+        refused = [] if options.trust_pickle else sorted(set(types) - _REVIEWED)
+        if refused:
+            raise LoadFailed(
+                f"the file holds types that are not trusted: {', '.join(refused[:10])}; "
+                "convert the model to ONNX, or start the mesh with --trust-pickle"
+            ) from None
+        return skops.io.loads(data, trusted=types)
 
 
 def _dense(answer: Any) -> Array:

@@ -29,6 +29,7 @@ from raymesh.runtimes.statistics import Statistics
 from raymesh.runtimes.upstream import RawAnswer, Upstreams
 
 MMESH = Messages("raymesh.mesh", "mmesh")
+RAYMESH = Messages("raymesh.mesh", "raymesh")
 OIP = Messages("raymesh.runtimes", "oip")
 TOKEN = "secret"
 
@@ -283,6 +284,14 @@ class Mesh:
         request = MMESH.RegisterModelRequest(modelId=model, **flags)
         request.modelInfo.type, request.modelInfo.path = type, path
         return await self.call("/mmesh.ModelMesh/registerModel", request, MMESH.ModelStatusInfo)
+
+    async def register_models(self, *specs: Mapping[str, Any]) -> list[Any]:
+        """The results of `RegisterModels`; type and path are those of `register` unless given."""
+        request = RAYMESH.RegisterModelsRequest()
+        for spec in specs:
+            request.models.add(**{"type": "fake", "path": "file:///m", **spec})
+        method = "/raymesh.v1.Mesh/RegisterModels"
+        return list((await self.call(method, request, RAYMESH.RegisterModelsResponse)).results)
 
     async def unregister(self, model: str) -> None:
         request = MMESH.UnregisterModelRequest(modelId=model)

@@ -29,6 +29,7 @@ from raymesh.runtimes.errors import Code, Reason
 
 oip = Messages("raymesh.runtimes", "oip")
 mmesh = Messages("raymesh.mesh", "mmesh")
+raymesh = Messages("raymesh.mesh", "raymesh")
 
 
 class FakeMesh:
@@ -39,6 +40,10 @@ class FakeMesh:
         self.calls: list[str] = []
         #: Failures to answer next calls with: (gRPC code, message, metadata).
         self.faults: list[tuple[grpc.StatusCode, str, dict[str, str]]] = []
+        #: By model: what to refuse it with in a bulk registration, the first time and so on.
+        self.refusals: dict[str, list[tuple[Code, str]]] = {}
+        self.has_bulk = True
+        self.is_forgetful = False
         self.hang_s = 0.0
         self.grpc_port = 0
         self._loop = asyncio.new_event_loop()
@@ -82,6 +87,7 @@ class FakeMesh:
             "getModelStatus": (self.status, mmesh.GetStatusRequest),
             "ensureLoaded": (self.status, mmesh.EnsureLoadedRequest),
         }
+        beside = {"RegisterModels": (self.register_models, raymesh.RegisterModelsRequest)}
         inference = {
             "ModelInfer": (self.infer, oip.ModelInferRequest),
             "ModelMetadata": (self.metadata, oip.ModelMetadataRequest),
@@ -89,6 +95,7 @@ class FakeMesh:
         }
         self._server.add_generic_rpc_handlers((
             grpc.method_handlers_generic_handler("mmesh.ModelMesh", handlers(management)),
+            grpc.method_handlers_generic_handler("raymesh.v1.Mesh", handlers(beside)),
             grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers(inference)),
         ))  # fmt: skip
         self.grpc_port = self._server.add_insecure_port("127.0.0.1:0")
@@ -97,6 +104,8 @@ class FakeMesh:
     def _guard(self, name: str, behavior: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
         async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
             self.calls.append(name)
+            if name == "RegisterModels" and not self.has_bulk:
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
             if self.hang_s:
                 await asyncio.sleep(self.hang_s)
             if self.faults:
@@ -112,6 +121,20 @@ class FakeMesh:
         info = request.modelInfo
         self.models[request.modelId] = (info.type, info.path, info.key)
         return mmesh.ModelStatusInfo(status=3 if request.loadNow else 1)
+
+    def register_models(self, request: Any) -> Any:
+        answer = raymesh.RegisterModelsResponse()
+        if self.is_forgetful:
+            return answer
+        for spec in request.models:
+            if refusals := self.refusals.get(spec.model_id):
+                code, message = refusals.pop(0)
+                answer.results.add(model_id=spec.model_id, outcome=answer.REFUSED, code=code, message=message)
+                continue
+            outcome = answer.EXISTED if spec.model_id in self.models else answer.CREATED
+            self.models[spec.model_id] = (spec.type, spec.path, spec.key)
+            answer.results.add(model_id=spec.model_id, outcome=outcome)
+        return answer
 
     def unregister(self, request: Any) -> Any:
         self.models.pop(request.modelId, None)
@@ -373,18 +396,63 @@ def test_one_client_serves_many_threads(mesh: FakeMesh) -> None:
 
 
 @KINDS
-def test_register_many_reports_each_failure_and_retries_what_may_succeed(mesh: FakeMesh, kind: str) -> None:
+@pytest.mark.parametrize(("has_bulk", "options"), [(False, {}), (True, {"batch": 1})])
+def test_register_many_one_call_each_reports_each_failure_and_retries_what_may_succeed(
+    mesh: FakeMesh, kind: str, has_bulk: bool, options: dict[str, int]
+) -> None:
+    mesh.has_bulk = has_bulk
     mesh.faults = [
         (grpc.StatusCode.UNAVAILABLE, "registry away", {}),
         (grpc.StatusCode.ALREADY_EXISTS, "another model has this name", {}),
     ]
     specs = (ModelSpec(f"m{n}", f"file:///m{n}", "xgboost") for n in range(50))
     seen: list[int] = []
-    summary = Both(kind, mesh.target("grpc"))("register_many", specs, concurrency=4, progress=seen.append)
+    summary = Both(kind, mesh.target("grpc"))("register_many", specs, concurrency=4, progress=seen.append, **options)
     assert summary.registered == 49 == len(mesh.models)
     assert [message for _, message in summary.failed] == ["another model has this name"]
     assert {name for name, _ in summary.failed} | mesh.models.keys() == {f"m{n}" for n in range(50)}
     assert seen == list(range(1, 51))
+    assert mesh.calls.count("registerModel") == 51
+    assert mesh.calls.count("RegisterModels") <= (0 if has_bulk else 1)
+
+
+@KINDS
+def test_register_many_in_bulk_reports_each_failure_and_retries_what_may_succeed(mesh: FakeMesh, kind: str) -> None:
+    mesh.faults = [(grpc.StatusCode.UNAVAILABLE, "the gateway is away", {})]
+    mesh.refusals = {
+        "m3": [(Code.ALREADY_EXISTS, "another model has this name")],
+        # Once is retried, twice is not.
+        "m15": [(Code.UNAVAILABLE, "registry away")],
+        "m16": [(Code.UNAVAILABLE, "registry away")] * 2,
+        "m48": [(Code.INVALID_ARGUMENT, "type: must not be empty")],
+    }
+    specs = (ModelSpec(f"m{n}", f"file:///m{n}", "xgboost", "{}") for n in range(50))
+    seen: list[int] = []
+    # One at a time, so that the call that fails is the first.
+    summary = Both(kind, mesh.target("grpc"))("register_many", specs, batch=10, concurrency=1, progress=seen.append)
+    assert summary.registered == 47 == len(mesh.models)
+    assert summary.failed == [
+        ("m3", "another model has this name"), ("m16", "registry away"), ("m48", "type: must not be empty"),
+    ]  # fmt: skip
+    assert mesh.models["m7"] == ("xgboost", "file:///m7", "{}")
+    # Round 1: m0-m9 fail together, m15 and m16 alone. Round 2: those twelve, ten and two.
+    assert seen == [8, 18, 28, 38, 48, 50]
+    assert mesh.calls == ["RegisterModels"] * 7
+
+
+@KINDS
+def test_register_many_sends_large_models_in_smaller_batches(mesh: FakeMesh, kind: str) -> None:
+    specs = [ModelSpec(f"m{n}", "file:///m", "xgboost", "x" * 200_000) for n in range(5)]
+    assert Both(kind, mesh.target("grpc"))("register_many", specs).registered == 5
+    assert mesh.calls == ["RegisterModels"] * 3
+
+
+@KINDS
+def test_register_many_does_not_believe_an_answer_about_other_models(mesh: FakeMesh, kind: str) -> None:
+    mesh.is_forgetful = True
+    summary = Both(kind, mesh.target("grpc"))("register_many", [ModelSpec("a", "b", "c")])
+    assert summary.registered == 0
+    assert summary.failed == [("a", "the answer is about other models than the request")]
 
 
 @KINDS
@@ -393,6 +461,8 @@ def test_register_many_of_nothing_and_with_a_senseless_concurrency(mesh: FakeMes
     assert call("register_many", []).registered == 0
     with pytest.raises(ValueError, match="concurrency"):
         call("register_many", [ModelSpec("a", "b", "c")], concurrency=0)
+    with pytest.raises(ValueError, match="batch"):
+        call("register_many", [ModelSpec("a", "b", "c")], batch=0)
 
 
 @pytest.mark.parametrize(

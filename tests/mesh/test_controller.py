@@ -9,7 +9,7 @@ import pytest
 from raymesh.mesh.controller import Controller
 from raymesh.mesh.placements import PlaceRequest
 from raymesh.registry.records import CopyRecord, CopyState, ModelRecord
-from raymesh.registry.store import Put
+from raymesh.registry.store import Delete, Put
 from raymesh.runtimes.errors import Code, Reason, RequestError
 
 
@@ -141,8 +141,43 @@ def test_a_size_is_written_again_only_when_it_differs(shell_mesh, poll, measured
             await put_model(mesh, "m", size_bytes=1000)
             mesh.runtimes[0].size_bytes = measured
             await place(mesh, "m")
-            await poll(lambda: not mesh.leader._placements._writing)
+            await poll(lambda: mesh.leader._placements._notes.is_idle)
             assert (await read_model(mesh, "m")).size_bytes == recorded
+
+    asyncio.run(body())
+
+
+def test_sizes_are_written_together_and_a_changed_record_alone_is_written_anew(shell_mesh, poll):
+    async def body():
+        async with shell_mesh() as mesh:
+            models = [f"m{number}" for number in range(5)]
+            for model in models:
+                await put_model(mesh, model)
+                await place(mesh, model)
+            # Unregistered, and registered anew, before its size was written.
+            await mesh.store.txn([], [Delete(mesh.keys.model("default", "m1"))])
+            await put_model(mesh, "m1")
+            await poll(lambda: mesh.leader._placements._notes.is_idle)
+            sizes = [(await read_model(mesh, model)).size_bytes for model in models]
+            assert sizes == [1000, 0, 1000, 1000, 1000]
+
+    asyncio.run(body())
+
+
+def test_sizes_share_a_transaction(shell_mesh, poll):
+    async def body():
+        async with shell_mesh() as mesh:
+            models = [f"m{number}" for number in range(100)]
+            for model in models:
+                await put_model(mesh, model)
+            view, notes = mesh.leader.view, mesh.leader._placements._notes
+            await poll(lambda: len(view.models) == len(models))
+            for entry in list(view.models.values()):
+                notes.write_size_soon(entry, 1000)
+            await poll(lambda: notes.is_idle)
+            written = [await mesh.store.get(mesh.keys.model("default", model)) for model in models]
+            assert {ModelRecord.decode(kv.value).size_bytes for kv in written} == {1000}
+            assert len({kv.mod_revision for kv in written}) == 2
 
     asyncio.run(body())
 

@@ -654,6 +654,38 @@ def test_it_outlives_its_owner_and_is_adopted(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
+def test_a_killed_one_is_back_though_nobody_asked_for_anything(tmp_path: Path) -> None:
+    async def scenario(here: Mesh) -> None:
+        os.kill(here.door.pid, signal.SIGKILL)
+
+        async def answers() -> bool:
+            try:
+                return await here.server_of("/v2/models/m1/infer") == "r1"
+            except (OSError, asyncio.IncompleteReadError, AssertionError):
+                return False
+
+        await until(answers)
+        assert here.door.restarts == 1
+
+    run(tmp_path, scenario)
+
+
+def test_it_ends_when_its_mesh_is_gone(tmp_path: Path) -> None:
+    async def scenario(here: Mesh) -> None:
+        pid = here.door.pid
+        await here.door.close()
+        await here.gateway.kill()
+        await here.runtimes["r1"].kill()
+        # r2 is left: callers of its models need the door.
+        assert await here.server_of("/v2/models/m2/infer") == "r2"
+        with pytest.raises(AssertionError, match="did not become true"):
+            await until(lambda: _true(not is_running(pid)), within_s=2)
+        await here.runtimes["r2"].kill()
+        await until(lambda: _true(not is_running(pid)), within_s=10)
+
+    run(tmp_path, scenario, alone_max_s=1)
+
+
 def test_the_newest_owner_wins(tmp_path: Path) -> None:
     async def scenario(here: Mesh) -> None:
         heir = FrontDoor(here.door._config, here.state_dir)

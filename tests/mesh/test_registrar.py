@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from raymesh.mesh.registrar import BATCH_BYTES_MAX, Registrar
+from raymesh.mesh.registrar import BATCH_BYTES_MAX, BATCH_MAX, Registrar
 from raymesh.registry.memory import MemoryStore
 from raymesh.registry.store import Put, RegistryUnavailable
 
@@ -39,8 +39,8 @@ def test_many_at_once_share_transactions():
         assert all(c.present is None and c.revision > 0 for c in created)
         for n, c in enumerate(created):
             assert (await store.get(f"k{n}")).create_revision == c.revision
-        # Two alone at once, then the rest in full batches: 1 + 1 + 64 + 64 + 64 + 6.
-        assert sorted(store.sizes) == [1, 1, 6, 64, 64, 64]
+        # One at once, the others while it is under way: 1 + 64 + 64 + 64 + 7.
+        assert sorted(store.sizes) == [1, 7, 64, 64, 64]
 
     run(body)
 
@@ -55,6 +55,46 @@ def test_one_that_is_there_does_not_hold_up_the_others():
                 assert (outcome.present.value, value) == (b"old", b"old")
             else:
                 assert (outcome.present, value) == (None, b"new")
+
+    run(body)
+
+
+def test_many_together_are_sent_in_full_batches_and_each_has_its_outcome():
+    async def body(store, registrar):
+        await store.txn([], [Put("k5", b"old")])
+        store.sizes.clear()
+        outcomes = await registrar.create_many((f"k{n}", b"new") for n in range(200))
+        assert [n for n, outcome in enumerate(outcomes) if outcome.present is not None] == [5]
+        assert outcomes[5].present.value == b"old"
+        for n, outcome in enumerate(outcomes):
+            assert n == 5 or (await store.get(f"k{n}")).create_revision == outcome.revision
+        # The 63 others of the first batch go once more.
+        assert sum(store.sizes) == 200 + 63
+        assert len(store.sizes) == 5
+        assert await registrar.create_many([]) == []
+
+    run(body)
+
+
+def test_many_together_and_an_unreachable_store():
+    async def body(store, registrar):
+        store.is_down = True
+        outcomes = await registrar.create_many((f"k{n}", b"v") for n in range(100))
+        assert {type(outcome) for outcome in outcomes} == {RegistryUnavailable}
+
+    run(body)
+
+
+def test_what_a_caller_that_left_had_not_sent_yet_is_not_sent():
+    async def body(store, registrar):
+        task = asyncio.create_task(registrar.create_many((f"k{n}", b"v") for n in range(500)))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await registrar.create("last", b"v")).present is None
+        # Two full batches were under way.
+        assert sum(store.sizes) == 2 * BATCH_MAX + 1
 
     run(body)
 

@@ -175,6 +175,7 @@ def test_reflection(shell_mesh, version):
             assert listed == {
                 "inference.GRPCInferenceService",
                 "mmesh.ModelMesh",
+                "raymesh.v1.Mesh",
                 "grpc.health.v1.Health",
                 "grpc.reflection.v1.ServerReflection",
                 "grpc.reflection.v1alpha.ServerReflection",

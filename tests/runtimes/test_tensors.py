@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -74,6 +74,7 @@ def test_texts_survive_json(shape: tuple[int, ...], texts: list[str]) -> None:
     st.lists(st.integers(-2, 6) | st.sampled_from([2**31, 2**40, 2**62, 2**63 - 1]), max_size=5),
     st.binary(max_size=64),
 )
+@example("FP16", [0, 2**31, 2**31], b"")
 def test_any_claim_about_bytes_is_a_tensor_or_invalid(datatype: str, shape: list[int], raw: bytes) -> None:
     try:
         array = tensors.from_raw("the input", datatype, shape, raw)
@@ -186,7 +187,7 @@ def test_lies_about_binary_data(datatype: str, shape: list[int], raw: bytes, say
         ("INT32", [1], [1.0], "must be integers"),
         ("INT32", [1], [None], "must be integers"),
         ("INT32", [2], [1, True], "must be integers"),
-        ("INT8", [1], [128], "does not fit INT8 (-128 to 127)"),
+        ("INT8", [1], [128], "does not fit INT8"),
         ("UINT8", [1], [-1], "does not fit UINT8"),
         ("UINT64", [1], [2**64], "does not fit UINT64"),
         ("INT64", [1], [2**63], "does not fit INT64"),
