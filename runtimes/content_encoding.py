@@ -17,7 +17,6 @@ _LEVEL = 1
 _WINDOWS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 _NAMES = {b"gzip": b"gzip", b"x-gzip": b"gzip", b"deflate": b"deflate"}
 _HEADER_MAX = 1024
-_NAME_MAX = 40
 
 
 def accepted(header: bytes | None) -> bytes:
@@ -37,13 +36,13 @@ def accepted(header: bytes | None) -> bytes:
 def decode_body(body: bytes, header: bytes, *, bytes_max: int) -> bytes:
     """`body` without the encoding of a ``Content-Encoding`` header.
 
-    Raises `InvalidInput` when it is damaged, UNIMPLEMENTED for an unknown encoding (several are one), `TooLarge` when
+    Raises `InvalidInput` when it is damaged, `UnknownEncoding` (several are one), `TooLarge` when
     it is larger than `bytes_max`.
     """
     name = header.strip().lower()
     if name in {b"", b"identity"}:
         return body
-    return grpc_http1.decompress(body, _NAMES.get(name, name[:_NAME_MAX]), bytes_max=bytes_max)
+    return grpc_http1.decompress(body, _NAMES.get(name, name), bytes_max=bytes_max)
 
 
 def encode_body(body: bytes, encoding: bytes) -> bytes:

@@ -110,6 +110,20 @@ class TooLarge(RequestError):
         return 413
 
 
+class UnknownEncoding(RequestError):
+    """A body in an encoding we cannot undo."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(
+            Code.UNIMPLEMENTED, f"unknown encoding {encoding!r}: use gzip, deflate or none", reason=Reason.UNSUPPORTED
+        )
+
+    @property
+    def http_status(self) -> int:
+        """415, which HTTP has for just this."""
+        return 415
+
+
 class ModelNotFound(RequestError):
     """No such model. The wording is Triton's; published example clients check for it."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from urllib.parse import quote, unquote
 
-from raymesh.runtimes.errors import Code, InvalidInput, Reason, RequestError, TooLarge, Unavailable
+from raymesh.runtimes.errors import Code, InvalidInput, Reason, RequestError, TooLarge, Unavailable, UnknownEncoding
 
 CONTENT_TYPE = b"application/grpc"
 INFER_TARGET = b"/inference.GRPCInferenceService/ModelInfer"
@@ -41,14 +41,12 @@ def unframe(body: bytes, *, encoding: bytes = b"identity", bytes_max: int) -> by
 def decompress(data: bytes, encoding: bytes, *, bytes_max: int) -> bytes:
     """`data` without its ``gzip`` or ``deflate`` encoding.
 
-    Raises `InvalidInput` when it is damaged or cut short, UNIMPLEMENTED for another encoding, `TooLarge` as soon as it
+    Raises `InvalidInput` when it is damaged or cut short, `UnknownEncoding` for another one, `TooLarge` as soon as it
     is more than `bytes_max` bytes: a bomb never goes off.
     """
     window = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}.get(encoding)
     if window is None:
-        raise RequestError(
-            Code.UNIMPLEMENTED, f"unknown encoding {encoding.decode('ascii', 'replace')!r}: use gzip or none"
-        )
+        raise UnknownEncoding(encoding[:40].decode("ascii", "replace"))
     inflate = zlib.decompressobj(window)
     try:
         plain = inflate.decompress(data, bytes_max + 1)

@@ -151,3 +151,31 @@ def test_a_broken_target_leaves_the_old_model_serving(
     assert better.explain_wrong(0, 1, client.predict("careful", better.rows[:1]).outputs) == ""
     assert client.status(broken.name).status == "NOT_FOUND"
     client.delete_vmodel("careful")
+
+
+def test_every_protocol_takes_a_vmodel_for_a_model(
+    mesh: Mesh, client: Client, registered: Callable[..., TrainedModel]
+) -> None:
+    import tritonclient.grpc as triton
+
+    model = registered()
+    # Not loaded: the first request takes the cold path, the others the warm one.
+    client.set_vmodel("alias", model.name)
+    body = json.dumps({"instances": model.rows[:2].tolist()})
+    for path in ("/v1/models/alias:predict", "/v1/models/alias:predict"):
+        connection = http.client.HTTPConnection(mesh.target, timeout=30)
+        connection.request("POST", path, body, {"content-type": "application/json"})
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
+        assert model.explain_wrong(0, 2, {"output-0": np.array(answer["predictions"], np.float32)}) == ""
+    with triton.InferenceServerClient(mesh.target) as server:
+        assert server.is_model_ready("alias")
+        assert server.get_model_metadata("alias").name == "alias"
+        assert server.get_model_config("alias").config.name == "alias"
+        tensor = triton.InferInput(model.input_name, list(model.rows[:1].shape), "FP32")
+        tensor.set_data_from_numpy(model.rows[:1])
+        for version in ("", "1"):
+            answered = server.infer("alias", [tensor], model_version=version)
+            assert answered.get_response().model_name == "alias"
+            assert model.explain_wrong(0, 1, {"output-0": answered.as_numpy("output-0")}) == ""
+    client.delete_vmodel("alias")
