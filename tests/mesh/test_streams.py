@@ -200,3 +200,31 @@ def test_reflection(shell_mesh, version):
             await call.done_writing()
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize("by_header", [True, False])
+def test_a_stream_to_a_vmodel(shell_mesh, by_header):
+    mmesh = Messages("raymesh.mesh", "mmesh")
+
+    async def body():
+        async with shell_mesh() as mesh:
+            await mesh.register("m")
+            request = mmesh.SetVModelRequest(vModelId="v", targetModelId="m")
+            await mesh.call("/mmesh.ModelMesh/setVModel", request, mmesh.VModelStatusInfo)
+            rpc = mesh.channel.stream_stream(
+                "/inference.GRPCInferenceService/ModelStreamInfer",
+                request_serializer=OIP.ModelInferRequest.SerializeToString,
+                response_deserializer=OIP.ModelStreamInferResponse.FromString,
+            )
+            call = rpc(metadata=(*METADATA, ("mm-vmodel-id-bin", b"v")) if by_header else METADATA, timeout=10)
+            await call.write(OIP.ModelInferRequest(model_name="any" if by_header else "v"))
+            answer = await call.read()
+            assert (answer.error_message, answer.infer_response.id) == ("", "r0")
+            assert mesh.runtimes[0].requests[-1][0] == "default/m"
+            await call.done_writing()
+            # The questions about a model are answered for a vmodel too.
+            assert (await mesh.rest("/v2/models/v/config"))[1]["name"] == "v"
+            assert (await mesh.rest("/v1/models/v")) == (200, {"name": "v", "ready": True})
+            assert [m["name"] for m in (await mesh.rest("/v2/models/v/stats"))[1]["model_stats"]] == ["v"]
+
+    asyncio.run(body())
