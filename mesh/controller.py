@@ -22,10 +22,11 @@ from raymesh.mesh.placements import Placements, PlaceRequest
 from raymesh.mesh.transitions import Transitions
 from raymesh.mesh.vmodel_writes import VModelWrites
 from raymesh.registry.follow import follow
+from raymesh.registry.for_ever import for_ever
 from raymesh.registry.keys import Keys, is_valid_id
 from raymesh.registry.session import Session
 from raymesh.registry.store import Store
-from raymesh.registry.view import Change, LeaderChanged, MeshView
+from raymesh.registry.view import Change, InstanceGone, LeaderChanged, MeshView
 from raymesh.runtimes.errors import Code, InvalidInput, Reason, RequestError, Unavailable
 from raymesh.runtimes.http1 import HttpServer, Request
 from raymesh.runtimes.upstream import Upstreams
@@ -97,11 +98,11 @@ class Controller:
         await self._session.start()
         self._leadership = Leadership(self.id, self.address, self._session, self.view)
         synced = asyncio.Event()
-        self._spawn(follow(self._store, self.view.keys.prefix, self.view, self._see, synced=synced))
+        prefix = self.view.keys.prefix
+        self._spawn(for_ever(lambda: follow(self._store, prefix, self.view, self._see, synced=synced)))
         await synced.wait()
-        self._spawn(self._leadership.campaign())
-        self._spawn(self._sweep())
-        self._spawn(self._transitions.run())
+        for run in (self._leadership.campaign, self._sweep, self._transitions.run):
+            self._spawn(for_ever(run))
 
     async def close(self) -> None:
         """Step down and stop. Loads that runtimes have begun go on there."""
@@ -120,6 +121,10 @@ class Controller:
         self._transitions.see(changes)
         if self._leadership is not None:
             self._leadership.see(changes)
+        for change in changes:
+            if isinstance(change, InstanceGone) and change.instance not in self.view.instances:
+                # Its lease has ended. If it is frozen, a load there would be waited for until its time limit.
+                self._upstreams.give_up(change.old.record.address)
         self._suspects |= suspects(changes)
         if any(isinstance(change, LeaderChanged) and change.new is not None for change in changes):
             # A new leader knows nothing of what its predecessor left undone.

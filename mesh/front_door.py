@@ -68,6 +68,8 @@ class FrontDoor:
         self._queue: deque[tuple[int, list[str]]] = deque()
         self._noted = 0
         self._in_force = 0
+        #: Nobody writes what is queued (HAProxy is lost, or another gateway's): the snapshot to come has it all.
+        self._needs_snapshot = False
         self._wake = asyncio.Event()
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._restarts = 0
@@ -181,7 +183,8 @@ class FrontDoor:
     def _note(self, commands: list[str]) -> None:
         if commands:
             self._noted += 1
-            self._queue.append((self._noted, commands))
+            if not self._needs_snapshot:
+                self._queue.append((self._noted, commands))
             self._wake.set()
 
     async def _keep(self) -> None:
@@ -201,6 +204,7 @@ class FrontDoor:
                     await self._recover()
             _log.info("front door: taken over by another gateway")
         finally:
+            self._stop_queueing()
             for _, waiter in self._waiters:
                 if not waiter.done():
                     waiter.set_exception(FrontDoorError("the front door was closed, or taken over by another gateway"))
@@ -240,21 +244,30 @@ class FrontDoor:
                 waiter.set_result(None)
         self._waiters = [(target, waiter) for target, waiter in self._waiters if target > number]
 
+    def _stop_queueing(self) -> None:
+        self._needs_snapshot = True
+        self._queue.clear()
+
     async def _recover(self) -> None:
+        self._stop_queueing()
         delay_s = 0.02
         while True:
+            if not self._is_owner():
+                # The HAProxy that is found now is another's, and not ours to end.
+                return
             try:
                 self._admin, alive = await self._reach()
                 break
-            except (FrontDoorError, OSError, TimeoutError) as error:
-                _log.error("front door: %s; trying again in %.2f s", error, delay_s)
+            except Exception as error:
+                # Whatever it is: without its keeper the door would stand still for good.
+                _log.error("front door: %s; trying again in %.2f s", error or type(error).__name__, delay_s)
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, _RETRY_DELAY_MAX_S)
         if not alive:
             self._restarts += 1
         # Which of the queued commands were heard is not known, and does not matter: the snapshot has them all.
-        self._queue.clear()
         self._queue.append((self._noted, self._table.snapshot()))
+        self._needs_snapshot = False
         self._attach(self._admin)
 
     async def _reach(self) -> tuple[Admin, bool]:

@@ -130,7 +130,11 @@ class FrontDoorTable:
         routes: Mapping[str, Iterable[str]],
         models: Mapping[str, str] | None = None,
     ) -> list[str]:
-        """Replace everything: addresses by instance, instances by model or vmodel, models by vmodel."""
+        """Replace everything: addresses by instance, instances by model or vmodel, models by vmodel.
+
+        Instances whose id or address is not one are left out: a single odd record must not cost all the others.
+        """
+        instances = {instance: at for instance, at in instances.items() if _is_usable(instance, at)}
         commands: list[str] = []
         if self._inherited_routes:
             commands.append("route clear")
@@ -234,6 +238,14 @@ class FrontDoorTable:
                 # A new address is taken over without disabling the server: no request falls in between.
                 commands += _disable(server) if address is None else _enable(server, address)
         return commands
+
+
+def _is_usable(instance: str, address: str) -> bool:
+    try:
+        split_address(address)
+    except ValueError:
+        return False
+    return is_valid_id(instance)
 
 
 def _check_name(name: str) -> None:

@@ -39,6 +39,7 @@ from raymesh.mesh.stream_infer import StreamInfer
 from raymesh.mesh.vmodel_api import VModelApi
 from raymesh.mesh.vmodels import VModels
 from raymesh.registry.follow import follow
+from raymesh.registry.for_ever import for_ever
 from raymesh.registry.keys import Keys
 from raymesh.registry.protos import Messages
 from raymesh.registry.records import GatewayRecord
@@ -140,7 +141,8 @@ class Gateway:
     async def _start(self) -> None:
         await self._session.start()
         synced = asyncio.Event()
-        self._spawn(follow(self._store, self.view.keys.prefix, self.view, self._see, synced=synced))
+        prefix = self.view.keys.prefix
+        self._spawn(for_ever(lambda: follow(self._store, prefix, self.view, self._see, synced=synced)))
         await synced.wait()
         await self._data.start(self._host)
         await self._start_grpc()
@@ -199,11 +201,15 @@ class Gateway:
         await self._grpc.start()
 
     def _see(self, changes: tuple[Change, ...]) -> None:
-        self._catalog.see(changes)
-        self._vmodels.see(changes)
-        self._placing.see(changes)
+        listeners = [self._catalog.see, self._vmodels.see, self._placing.see]
         if self._has_door:
-            self._routes.see(changes)
+            listeners.append(self._routes.see)
+        for see in listeners:
+            try:
+                see(changes)
+            except Exception:
+                # A defect in one must not keep the news from the others.
+                log.exception("%s failed", see.__qualname__)
 
     def _note_placed(self, name: str, placed: Placed) -> None:
         """A copy was just loaded: usable, and routed, before the watch tells."""

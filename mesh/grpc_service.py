@@ -58,14 +58,14 @@ class Services(grpc.GenericRpcHandler):  # type: ignore[misc]
     """All methods of a server, by full path (``/package.Service/Method``), behind the mesh's internal token."""
 
     def __init__(self, methods: Mapping[str, AnyMethod], *, token: str) -> None:
-        self._token = token
+        self._token = token.encode()
         self._handlers = {path: _rpc_handler(path, method) for path, method in methods.items()}
 
     def service(self, handler_call_details: Any) -> Any:
         """The handler of a call; None (UNIMPLEMENTED) for an unknown method or a caller from outside the mesh."""
         if self._token:
             for name, value in handler_call_details.invocation_metadata or ():
-                if name == "x-raymesh-token" and hmac.compare_digest(str(value), self._token):
+                if name == "x-raymesh-token" and hmac.compare_digest(str(value).encode(), self._token):
                     break
             else:
                 return None

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from raymesh.registry.records import LoadFailure, ModelRecord, RecordError
 from raymesh.registry.store import Compare, Get, Put, RegistryError, RequestTooLarge, Store
-from raymesh.registry.view import Entry, MeshView, ModelEntry
+from raymesh.registry.view import Change, Entry, MeshView, ModelDeleted, ModelEntry, ModelPut
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,10 @@ def with_load(record: ModelRecord, size_bytes: int) -> ModelRecord:
 
 
 class ModelNotes:
-    """Writes notes, and knows the records it wrote until the view shows them."""
+    """Writes notes, and knows the records it wrote until the view shows them.
+
+    `see` must get every change of the view, after the view has it: else what was written is kept for ever.
+    """
 
     def __init__(self, store: Store, view: MeshView) -> None:
         self._store = store
@@ -54,6 +57,13 @@ class ModelNotes:
         #: Sizes to be written, with the entries they are about.
         self._sizes: dict[str, tuple[ModelEntry, int]] = {}
         self._sizing: asyncio.Task[None] | None = None
+
+    def see(self, changes: Iterable[Change]) -> None:
+        """Let go of the records that the view has caught up with."""
+        if self._written:
+            for change in changes:
+                if isinstance(change, ModelPut | ModelDeleted) and change.name in self._written:
+                    self.entry(change.name)
 
     def entry(self, name: str) -> ModelEntry | None:
         """The newest of what the view shows and what was written here; None when the view knows no such model."""
@@ -120,7 +130,7 @@ class ModelNotes:
             return
         for latest, record, size_bytes in changes.values():
             if revision:
-                self._written[record.name] = Entry(record, latest.create_revision, revision)
+                self._remember(Entry(record, latest.create_revision, revision))
             else:
                 await self.write(record.name, latest, partial(with_load, size_bytes=size_bytes))
 
@@ -136,7 +146,7 @@ class ModelNotes:
             try:
                 result = await self._store.txn([compare], [Put(key, record.encode())], [Get(key)])
                 if result.succeeded:
-                    self._written[name] = Entry(record, entry.create_revision, result.revision)
+                    self._remember(Entry(record, entry.create_revision, result.revision))
                     return True
                 present = result.gets[0]
                 if present is None or present.create_revision != entry.create_revision:
@@ -147,3 +157,8 @@ class ModelNotes:
                 return False
         log.warning("note on %s not written: its record changes all the time", name)
         return False
+
+    def _remember(self, entry: ModelEntry) -> None:
+        self._written[entry.record.name] = entry
+        # The watch may have been faster than the answer: then there is nothing to remember.
+        self.entry(entry.record.name)

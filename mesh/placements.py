@@ -103,6 +103,7 @@ class Placements:
     def see(self, changes: Iterable[Change]) -> None:
         """Follow the view."""
         self._fresh.see(changes)
+        self._notes.see(changes)
         for change in changes:
             match change:
                 case InstancePut(_, _, new):

@@ -201,16 +201,21 @@ class Placing:
             headers=b"content-type: application/json\r\n",
             body=orjson.dumps(body),
         )
-        value = orjson.loads(answer.rest) if answer.rest else {}
-        if answer.status != 200:
-            # Not `Upstreams.call`: an unreachable controller and a mesh without instances must be told apart here.
-            raise RequestError(
-                Code(value.get("code", Code.INTERNAL)),
+        # Not `Upstreams.call`: an unreachable controller and a mesh without instances must be told apart here.
+        try:
+            value = orjson.loads(answer.rest) if answer.rest else {}
+            if answer.status == 200:
+                return Placed(value["instance"], value["address"], value["generation"])
+            error = RequestError(
+                Code(value["code"]),
                 str(value.get("error", "")),
                 reason=str(value.get("reason", "")),
                 retry_after_s=float(value.get("retry_after_s", 0.0)),
             )
-        return Placed(value["instance"], value["address"], value["generation"])
+        except (ValueError, TypeError, KeyError, AttributeError):
+            # Somebody else at the address of a controller that has just gone.
+            raise UpstreamLost("the placement controller did not answer sensibly") from None
+        raise error
 
 
 def _too_late() -> RequestError:

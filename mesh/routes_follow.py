@@ -6,6 +6,7 @@ now, and only when it differs from what was told before.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
@@ -23,6 +24,8 @@ from raymesh.registry.view import (
     VModelPut,
 )
 
+log = logging.getLogger(__name__)
+
 _NOWHERE = Route(())
 
 
@@ -38,7 +41,7 @@ class Door(Protocol):
         ...
 
     def set_instance(self, instance_id: str, address: str) -> None:
-        """A runtime is at `address`."""
+        """A runtime is at `address`. Raises `ValueError` when that, or the id, is not one."""
         ...
 
     def remove_instance(self, instance_id: str) -> None:
@@ -101,7 +104,7 @@ class RoutesFollower:
                     names.update({vmodel_key(name): None, name: None})
                 case InstancePut(instance, old, new):
                     if old is None or old.record.address != new.record.address:
-                        self._door.set_instance(instance, new.record.address)
+                        self._set_instance(instance, new.record.address)
                     if old is None or old.record.draining != new.record.draining:
                         names.update(dict.fromkeys(self._view.copies_on(instance)))
                 case InstanceGone(instance, _):
@@ -113,6 +116,14 @@ class RoutesFollower:
         keys = {key: None for name in names for key in self._keys_of(name)}
         for key in keys:
             self._tell(key, route_at(self._view, key))
+
+    def _set_instance(self, instance: str, address: str) -> None:
+        try:
+            self._door.set_instance(instance, address)
+        except ValueError as error:
+            # Its requests go through the gateway. One odd record must not keep the rest of the news from the door.
+            log.error("no direct traffic to an instance: %s", error)
+            self._door.remove_instance(instance)
 
     def _keys_of(self, name: str) -> Iterator[str]:
         """The keys whose routes depend on model `name`: its own, and those of the vmodels that it answers for."""

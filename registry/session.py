@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from raymesh.registry.backoff import Backoff
+from raymesh.registry.for_ever import for_ever
 from raymesh.registry.store import (
     TXN_OPS_MAX,
     VALUE_BYTES_MAX,
@@ -130,7 +131,7 @@ class Session:
         except TimeoutError:
             raise RegistryUnavailable(f"no lease from the registry in {deadline_s:g} s: {self._trouble}") from None
         runs = (self._beat, self._keep_lease, self._keep_keys)
-        self._tasks = [asyncio.create_task(_for_ever(run)) for run in runs]
+        self._tasks = [asyncio.create_task(for_ever(run)) for run in runs]
 
     def publish(self, key: str, value: bytes, *, compare: Compare | None = None) -> Awaitable[bool]:
         """Keep `key` = `value` in the store on the session's lease, from now on and after every new lease.
@@ -367,8 +368,12 @@ class Session:
             self._finish(write.key, write.version, found.mod_revision)
         elif state.version == write.version:
             self._settle(write.key, False)
-            del self._keys[write.key]
-            self._dirty.pop(write.key, None)
+            if is_ours:
+                # What we had there before: nobody stands behind it any more.
+                self._want(write.key, None, None)
+            else:
+                del self._keys[write.key]
+                self._dirty.pop(write.key, None)
             if self._on_dropped:
                 self._on_dropped(write.key)
 
@@ -380,13 +385,3 @@ class Session:
             self._settle(key, True)
             if state.value is None:
                 del self._keys[key]
-
-
-async def _for_ever(run: Callable[[], Awaitable[None]]) -> None:
-    """`run`, again should it fail: a defect in it must not silently end our presence."""
-    while True:
-        try:
-            await run()
-        except Exception:
-            log.exception("the session stumbled")
-            await asyncio.sleep(1.0)

@@ -326,6 +326,9 @@ class Loader:
         copy.leave(1)
         if published.done() and not published.result():
             await self._unload_now(spec.name)
+            if self.session.is_fenced or self.is_draining:
+                # Not the registry's word on the model: a session that ends says no to everything.
+                raise Unavailable("this runtime is stopping", reason=Reason.DRAINING)
             raise RequestError(
                 Code.NOT_FOUND, f"model '{spec.id}' was unregistered while it loaded", reason=Reason.NOT_REGISTERED
             )

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from raymesh.registry.follow import follow
+from raymesh.registry.for_ever import for_ever
 from raymesh.registry.keys import Keys
 from raymesh.registry.records import InstanceRecord
 from raymesh.registry.session import Session
@@ -121,8 +122,10 @@ class Runtime:
             await self.close()
             raise
         self._tasks = [
-            asyncio.create_task(self._keep_published(), name="publish instance"),
-            asyncio.create_task(follow(self._store, self._keys.gateways, self._view, _ignore), name="follow gateways"),
+            asyncio.create_task(for_ever(self._keep_published), name="publish instance"),
+            asyncio.create_task(
+                for_ever(lambda: follow(self._store, self._keys.gateways, self._view, _ignore)), name="follow gateways"
+            ),
         ]
         log.info("runtime %s serves on %s", options.instance, self._address)
 

@@ -52,8 +52,12 @@ class RawAnswer(NamedTuple):
 class _Peer(asyncio.Protocol):
     """One connection: one request at a time. It is in `idle` exactly while it is open and unused."""
 
-    def __init__(self, idle: list[_Peer]) -> None:
+    def __init__(self, idle: list[_Peer], everyone: set[_Peer]) -> None:
         self._idle = idle
+        #: All connections to this peer, busy ones included.
+        self._everyone = everyone
+        #: The peer is said to be gone: asking it on another connection makes no sense either.
+        self.is_given_up = False
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._answer: asyncio.Future[RawAnswer] | None = None
@@ -68,9 +72,11 @@ class _Peer(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # A cast: uvloop's transports are asyncio transports in all but ancestry.
         self._transport = cast(asyncio.Transport, transport)
+        self._everyone.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._everyone.discard(self)
         if self in self._idle:
             self._idle.remove(self)
         if self._answer is not None and not self._answer.done():
@@ -206,6 +212,7 @@ class Upstreams:
         self._token = token.encode()
         self._connect_timeout_s = connect_timeout_s
         self._idle: dict[str, list[_Peer]] = defaultdict(list)
+        self._open: dict[str, set[_Peer]] = defaultdict(set)
 
     async def send(
         self, address: str, method: bytes, target: bytes, *, headers: bytes = b"", body: bytes = b""
@@ -231,7 +238,7 @@ class Upstreams:
             try:
                 return await peer.send(request)
             except UpstreamLost:
-                if peer.has_begun:
+                if peer.has_begun or peer.is_given_up:
                     raise
                 # A kept-alive connection may have died unseen; only a fresh one proves the peer gone.
                 break
@@ -271,6 +278,16 @@ class Upstreams:
             raise Unavailable("a part of the mesh did not answer sensibly", reason=Reason.NO_INSTANCE) from None
         raise error
 
+    def give_up(self, address: str) -> None:
+        """Hang up on a peer that is said to be gone; who waits for it gets `UpstreamLost`.
+
+        A frozen machine closes no connection: without this its silence would be waited out.
+        """
+        self._idle.pop(address, None)
+        for peer in self._open.pop(address, ()):
+            peer.is_given_up = True
+            peer.close()
+
     async def close(self) -> None:
         """Hang up on every idle peer; requests under way end as their callers want."""
         for idle in self._idle.values():
@@ -283,7 +300,7 @@ class Upstreams:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                _, peer = await loop.create_connection(lambda: _Peer(idle), host, int(port))
+                _, peer = await loop.create_connection(lambda: _Peer(idle, self._open[address]), host, int(port))
         except (OSError, TimeoutError, ValueError, OverflowError):
             raise UpstreamLost(f"no connection to {address}") from None
         return peer

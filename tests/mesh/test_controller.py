@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from raymesh.mesh.controller import Controller
+from raymesh.mesh.orphans import orphans
 from raymesh.mesh.placements import PlaceRequest
 from raymesh.registry.records import CopyRecord, CopyState, ModelRecord
 from raymesh.registry.store import Delete, Put
@@ -235,6 +236,62 @@ def test_a_leader_that_lost_its_lease_leads_no_more_until_elected_again(shell_me
             await poll(lambda: not first.is_leader)
             await poll(lambda: not first._session.is_fenced)
             assert [c.is_leader for c in (first, other)] == [False, True]
+
+    asyncio.run(body())
+
+
+def test_a_load_on_an_instance_that_loses_its_lease_is_not_waited_for(shell_mesh, poll):
+    async def body():
+        async with shell_mesh(runtimes=2) as mesh:
+            await put_model(mesh, "m")
+            for runtime in mesh.runtimes:
+                runtime.gate = asyncio.Event()
+            question = asyncio.create_task(place(mesh, "m"))
+            await poll(lambda: mesh.loads)
+            frozen = next(runtime for runtime in mesh.runtimes if runtime.loads)
+            other = next(runtime for runtime in mesh.runtimes if runtime is not frozen)
+            other.gate.set()
+            # Its connections stay open, as those of a frozen machine do.
+            await frozen.session.close()
+            assert (await question)["instance"] == other.id
+            frozen.gate.set()
+
+    asyncio.run(body())
+
+
+def test_a_defect_in_its_work_does_not_end_it(shell_mesh, poll, monkeypatch):
+    async def body():
+        monkeypatch.setattr("raymesh.mesh.controller.ORPHAN_GRACE_S", 0.05)
+        monkeypatch.setattr("raymesh.registry.for_ever.PAUSE_S", 0.01)
+        failures = []
+
+        def stumbling(view, names):
+            if not failures:
+                failures.append(names)
+                raise ZeroDivisionError
+            return orphans(view, names)
+
+        monkeypatch.setattr("raymesh.mesh.controller.orphans", stumbling)
+        async with shell_mesh() as mesh:
+            runtime = mesh.runtimes[0]
+            await poll(lambda: mesh.leader.is_leader)
+            record = CopyRecord(state=CopyState.LOADED, generation=1)
+            await runtime.session.publish(mesh.keys.copy("default", "one", "r0"), record.encode())
+            await poll(lambda: failures)
+            await runtime.session.publish(mesh.keys.copy("default", "two", "r0"), record.encode())
+            await poll(lambda: "default/two" in runtime.unloads)
+
+    asyncio.run(body())
+
+
+def test_what_it_wrote_is_forgotten_when_the_view_shows_it(shell_mesh, poll):
+    async def body():
+        async with shell_mesh() as mesh:
+            notes = mesh.leader._placements._notes
+            for number in range(3):
+                await mesh.register(f"m{number}", loadNow=True, sync=True)
+            await poll(lambda: all(e.record.size_bytes for e in mesh.leader.view.models.values()))
+            await poll(lambda: not notes._written)
 
     asyncio.run(body())
 

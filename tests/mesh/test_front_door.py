@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import pytest
@@ -694,11 +694,44 @@ def test_the_newest_owner_wins(tmp_path: Path) -> None:
             here.door.del_route("default/m1")
             with pytest.raises(FrontDoorError, match="another gateway"):
                 await here.door.flushed()
+            # Nobody would ever take it off the queue.
+            here.door.del_route("default/m2")
+            assert not here.door._queue
             assert await here.server_of("/v2/models/m1/infer") == "r1"
             os.kill(heir.pid, signal.SIGKILL)
             heir.resync({"r2": here.runtimes["r2"].address}, {"default/m1": ["r2"]})
             await heir.flushed()
             assert await here.server_of("/v2/models/m1/infer") == "r2"
+        finally:
+            await heir.close()
+
+    run(tmp_path, scenario)
+
+
+def test_who_was_taken_over_while_it_had_no_haproxy_ends_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(here: Mesh) -> None:
+        has_failed = asyncio.Event()
+
+        async def fail() -> NoReturn:
+            has_failed.set()
+            raise FrontDoorError("no HAProxy to be had")
+
+        monkeypatch.setattr(here.door, "_launch", fail)
+        os.kill(here.door.pid, signal.SIGKILL)
+        await has_failed.wait()
+        here.door.del_route("default/m1")
+        assert not here.door._queue
+        heir = FrontDoor(here.door._config, here.state_dir)
+        await heir.start()
+        try:
+            monkeypatch.undo()
+            pid = heir.pid
+            with pytest.raises(FrontDoorError, match="another gateway"):
+                await here.door.flushed()
+            assert is_running(pid)
+            assert heir.restarts == 0
         finally:
             await heir.close()
 

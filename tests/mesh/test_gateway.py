@@ -10,8 +10,9 @@ import pytest
 
 from raymesh.mesh.front_door import FrontDoor
 from raymesh.mesh.front_door_config import FrontDoorConfig
-from raymesh.registry.records import GatewayRecord
-from raymesh.registry.store import RegistryUnavailable
+from raymesh.mesh.front_door_table import FrontDoorTable
+from raymesh.registry.records import GatewayRecord, InstanceRecord
+from raymesh.registry.store import Put, RegistryUnavailable
 
 
 def test_it_appears_in_the_registry_and_in_the_door(shell_mesh):
@@ -89,6 +90,36 @@ def test_what_one_gateway_unregisters_another_does_not_answer(shell_mesh, poll):
             answer = await mesh.upstreams.send(second.data_address, b"POST", b"/v2/models/m/infer", headers=headers)
             assert answer.status == 404
             await second.close()
+
+    asyncio.run(body())
+
+
+def test_an_odd_record_does_not_cost_the_news_that_follows(shell_mesh, poll):
+    async def body():
+        async with shell_mesh() as mesh:
+            mesh.gateway._routes._door = door = FrontDoorTable(8)
+            mesh.gateway._routes.resync()
+            odd = InstanceRecord(id="odd", address="a-host-name:1", pool="cpu", epoch=1)
+            await mesh.store.txn([], [Put(mesh.keys.instance("odd"), odd.encode())])
+            await mesh.register("m")
+            await mesh.infer_rest("m")
+            await poll(lambda: mesh.gateway.view.loaded_on("default/m"))
+            assert door.routes == 1
+            # A gateway that starts now does not stumble either.
+            mesh.gateway._routes.resync()
+            assert door.routes == 1
+
+    asyncio.run(body())
+
+
+def test_a_defect_in_one_listener_does_not_stop_the_view(shell_mesh, poll, monkeypatch):
+    async def body():
+        async with shell_mesh() as mesh:
+            monkeypatch.setattr(mesh.gateway._vmodels, "see", lambda _: 1 / 0)
+            await mesh.register("m")
+            await mesh.infer_rest("m")
+            await poll(lambda: mesh.gateway.view.loaded_on("default/m"))
+            assert mesh.door.routes == {"default/m": ("r0",)}
 
     asyncio.run(body())
 

@@ -98,6 +98,22 @@ async def test_the_newest_value_wins_and_all_who_wait_are_answered():
     await session.close()
 
 
+async def test_a_key_that_is_dropped_does_not_leave_its_old_value_behind(until):
+    store, dropped = MemoryStore(), []
+    generation = (await store.txn([], [Put("model", b"")])).revision
+    session = Session(store, on_dropped=dropped.append)
+    await session.start()
+    assert await session.publish("copy", b"old", compare=Compare("model", create_revision=generation))
+    await store.txn([], [Delete("model")])
+    # Taken back and put anew before the first was sent, as a copy that is evicted and loaded again.
+    session.unpublish("copy")
+    assert not await session.publish("copy", b"new", compare=Compare("model", create_revision=generation))
+    assert dropped == ["copy"]
+    assert await session.unpublish("copy")
+    assert await store.get("copy") is None
+    await session.close()
+
+
 async def test_a_lost_lease_fences_until_everything_can_be_said_again(until):
     store, epochs = MemoryStore(), []
     session: Session

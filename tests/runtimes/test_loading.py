@@ -545,6 +545,20 @@ def test_a_model_unregistered_while_it_loads_is_not_kept(monkeypatch: pytest.Mon
     run(monkeypatch, work)
 
 
+def test_a_runtime_that_stops_does_not_say_that_the_model_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(rig: Rig) -> None:
+        spec = await rig.register("a")
+        rig.store.is_down = True
+        load = asyncio.create_task(rig.loader.load(spec))
+        await until(lambda: rig.loaded() == {"a"})
+        await rig.session.close()
+        with pytest.raises(Unavailable):
+            await load
+        rig.store.is_down = False
+
+    run(monkeypatch, work)
+
+
 def test_a_new_generation_replaces_the_old_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(rig: Rig) -> None:
         old = await rig.register("a")

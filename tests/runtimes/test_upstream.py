@@ -488,3 +488,23 @@ def test_any_bytes_are_an_answer_or_a_lost_peer(pieces: list[bytes], step: int) 
             assert answer.whole() in data
 
     run(work)
+
+
+@pytest.mark.parametrize("is_kept_alive", [False, True])
+def test_a_peer_that_is_given_up_is_waited_for_no_longer(is_kept_alive: bool) -> None:
+    async def work() -> None:
+        peer = Peer([SIZED], [...]) if is_kept_alive else Peer([...])
+        async with peer.playing() as address:
+            upstreams = Upstreams("t")
+            if is_kept_alive:
+                await upstreams.send(address, b"GET", b"/")
+            waiting = asyncio.create_task(upstreams.send(address, b"GET", b"/"))
+            await until(lambda: len(peer.requests) == 1 + is_kept_alive)
+            upstreams.give_up(address)
+            with pytest.raises(UpstreamLost):
+                await waiting
+            assert peer.connections == 1
+            upstreams.give_up(address)
+            await upstreams.close()
+
+    run(work)
