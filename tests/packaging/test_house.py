@@ -19,6 +19,7 @@ LONGER_FILES = {
     "tests/registry/test_etcd_faults.py": "one proxy that breaks things serves all of its tests",
     "tests/runtimes/test_http1.py": "a protocol's cases, one after the other",
     "tests/runtimes/test_loading.py": "one loader, its store and its models serve all of its tests",
+    "tests/runtimes/test_upstream.py": "one scripted peer serves all of its tests",
     "tests/runtimes/test_runtime.py": "one runtime and its fakes serve all of its tests",
 }
 FUNCTION_LINES_MAX = 90
