@@ -6,11 +6,11 @@ Serve keeps the processes alive and nothing more. Use ``raymesh up``, or ``serve
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
 import secrets
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from ray import serve
@@ -21,62 +21,40 @@ from raymesh.mesh.config import Settings
 from raymesh.placement.cache import InstanceCache
 from raymesh.registry.etcd import EtcdStore
 from raymesh.registry.store import Store
-from raymesh.runtimes.actor import RuntimeReplica
-from raymesh.runtimes.loop_thread import LoopThread
+from raymesh.runtimes.actor import CLOSE_TIMEOUT_S, LoopReplica, Part, RuntimeReplica
 from raymesh.runtimes.memory import memory_capacity_bytes
 from raymesh.runtimes.runtime import RuntimeOptions
 
-START_TIMEOUT_S = 30.0
-CLOSE_TIMEOUT_S = 5.0
-HEALTH_TIMEOUT_S = 5.0
 
+class _Shell(Part, Protocol):
+    """The gateway or the controller."""
 
-class _Part(Protocol):
     async def start(self) -> None: ...
-    async def close(self) -> None: ...
 
 
-class _Replica:
-    """A part of the mesh as a Serve replica: an event loop in a thread, and Serve's hooks around it."""
-
-    def _begin(self, name: str, make: Any, settings: Settings) -> None:
-        self._thread = LoopThread(name)
-        self._part: _Part = self._thread.run(self._start(make, settings), START_TIMEOUT_S)
-
-    @staticmethod
-    async def _start(make: Any, settings: Settings) -> _Part:
-        store: Store = EtcdStore.from_url(settings.registry)
-        part: _Part = make(settings, store)
-        await part.start()
-        return part
-
-    def check_health(self) -> None:
-        """Called by Serve; raises when the part does not answer, and Serve replaces the process."""
-        self._thread.check(HEALTH_TIMEOUT_S)
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self._thread.run(self._part.close(), CLOSE_TIMEOUT_S)
-            self._thread.stop()
+async def _start(make: Callable[[Settings, Store], _Shell], settings: Settings) -> _Shell:
+    shell = make(settings, EtcdStore.from_url(settings.registry))
+    await shell.start()
+    return shell
 
 
-class ControllerReplica(_Replica):
+class ControllerReplica(LoopReplica):
     """The placement controller's deployment class."""
 
     def __init__(self, settings: Settings) -> None:
         from raymesh.mesh.controller import Controller
 
-        self._begin("controller", Controller, settings)
+        self._begin("controller", _start(Controller, settings))
 
 
-class GatewayReplica(_Replica):
+class GatewayReplica(LoopReplica):
     """The gateway's deployment class, and the application's ingress: the handles only tie the application together."""
 
     def __init__(self, settings: Settings, controller: DeploymentHandle[Any], runtimes: DeploymentHandle[Any]) -> None:
         from raymesh.mesh.gateway import Gateway
 
         self._settings = settings
-        self._begin("gateway", Gateway, settings)
+        self._begin("gateway", _start(Gateway, settings))
 
     async def __call__(self, request: Any) -> str:
         """What Serve's own HTTP proxy answers: where the mesh really listens."""
@@ -88,11 +66,10 @@ def build(settings: Settings) -> Application:
     runtimes = settings.runtimes or os.cpu_count() or 1
     memory_bytes = settings.memory_bytes or memory_capacity_bytes() // 2
     settings = dataclasses.replace(
-        settings,
+        settings.resolved(),
         runtimes=runtimes,
         memory_bytes=memory_bytes,
         internal_token=settings.internal_token or secrets.token_hex(16),
-        state_dir=settings.state_dir.absolute(),
     )
     options = RuntimeOptions(
         instance="",

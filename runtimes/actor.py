@@ -11,8 +11,8 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
 
 # Before any framework is imported: one compute thread a call, the runtime has one process per core.
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -25,13 +25,40 @@ from raymesh.runtimes.runtime import Runtime, RuntimeOptions
 
 log = logging.getLogger(__name__)
 
-#: Longest a new runtime waits for the registry before Serve is told that it did not start.
+#: Longest a new replica waits for the registry before Serve is told that it did not start.
 START_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 5.0
 HEALTH_TIMEOUT_S = 5.0
 
 
-class RuntimeReplica:
+class Part(Protocol):
+    """What lives in a replica, started already."""
+
+    async def close(self) -> None:
+        """Leave the registry and stop answering."""
+        ...
+
+
+class LoopReplica:
+    """A part of the mesh as a Serve replica: an event loop in a thread of its own, and Serve's hooks around it."""
+
+    def _begin(self, name: str, start: Coroutine[Any, Any, Part]) -> None:
+        """Start the loop and, on it, the part. Raises what `start` raises, and Serve tries another process."""
+        self._thread = LoopThread(name)
+        self._part = self._thread.run(start, START_TIMEOUT_S)
+
+    def check_health(self) -> None:
+        """Called by Serve; raises when the part does not answer, and Serve replaces the process."""
+        self._thread.check(HEALTH_TIMEOUT_S)
+
+    def __del__(self) -> None:
+        # Serve's word for "stop now, gracefully".
+        with contextlib.suppress(Exception):
+            self._thread.run(self._part.close(), CLOSE_TIMEOUT_S)
+            self._thread.stop()
+
+
+class RuntimeReplica(LoopReplica):
     """The Serve deployment class of a pool.
 
     `options` without an instance id (each replica makes its own), `registry` is the store's URL, `make_cache` gives
@@ -42,25 +69,10 @@ class RuntimeReplica:
         instance = f"{options.pool}-{uuid.uuid4().hex[:12]}"
         # The host's name, as in the gateways' records: a stale route goes to a gateway of its own node first.
         options = dataclasses.replace(options, instance=instance, node=socket.gethostname())
-        self._thread = LoopThread(options.instance)
-        self._runtime = self._thread.run(self._start(options, registry, make_cache), START_TIMEOUT_S)
+        self._begin(instance, self._start(options, registry, make_cache))
 
     @staticmethod
     async def _start(options: RuntimeOptions, registry: str, make_cache: Callable[[], CopyCache]) -> Runtime:
         runtime = Runtime(options, EtcdStore.from_url(registry), make_cache())
         await runtime.start(START_TIMEOUT_S)
         return runtime
-
-    def check_health(self) -> None:
-        """Called by Serve; raises when the runtime does not answer, and Serve replaces the process."""
-        self._thread.check(HEALTH_TIMEOUT_S)
-
-    def status(self) -> dict[str, Any]:
-        """The runtime in numbers."""
-        return self._runtime.status()
-
-    def __del__(self) -> None:
-        # Serve's word for "stop now, gracefully".
-        with contextlib.suppress(Exception):
-            self._thread.run(self._runtime.close(), CLOSE_TIMEOUT_S)
-            self._thread.stop()

@@ -59,7 +59,6 @@ class DataServer:
         self._gateway = gateway
         self._status = status
         self._tasks: set[asyncio.Task[None]] = set()
-        self.requests_passed_on = 0
 
     # -- the warm path -----------------------------------------------------------------------------------------------
 
@@ -136,7 +135,6 @@ class DataServer:
         gateway = self._gateway()
         hops = hops_of(request.headers)
         if hops == 0 and gateway:
-            self.requests_passed_on += 1
             try:
                 answer = await self._upstreams.send(
                     gateway,

@@ -192,13 +192,6 @@ def _predict_copied(booster: xgboost.Booster, rows: Array) -> Array:
     return answer
 
 
-def _predict_linear(booster: xgboost.Booster, rows: Array) -> Array:
-    """gblinear has no in-place prediction."""
-    matrix = xgboost.DMatrix(rows, nthread=1)
-    answer: Array = booster.predict(matrix, validate_features=False)
-    return answer
-
-
 def _input_spec(features: int) -> TensorSpec:
     return TensorSpec("input-0", "FP32", (-1, features))
 
